@@ -1,0 +1,86 @@
+"""From a record to what the model is fed: token ids, which of them are targets, and pixels; and from samples to a batch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.image import prepare_images, read_image
+from ml_mamba_jax.prompt import Turn, render
+from ml_mamba_jax.tokenizer import Tokenizer
+
+
+class Sample(NamedTuple):
+    """One row: `tokens` int32 [l], `is_target` bool [l] on the tokens to learn, `pixels` uint8 [y x 3] by encoder or None."""
+
+    tokens: np.ndarray
+    is_target: np.ndarray
+    pixels: dict[str, np.ndarray] | None
+
+
+class Batch(NamedTuple):
+    """What a training step takes, all arrays with a leading batch axis.
+
+    `tokens` int32 [b l], padded on the right; `is_target` bool [b l]; `lengths` int32 [b]; `images` uint8 [b y x 3] by encoder;
+    `image_mask` bool [b], false for text alone, or None where every row has an image.
+    """
+
+    tokens: np.ndarray
+    is_target: np.ndarray
+    lengths: np.ndarray
+    images: dict[str, np.ndarray]
+    image_mask: np.ndarray | None
+
+
+def tokenize(turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and target mask of a conversation, each turn tokenised on its own, cut after `max_tokens`.
+
+    Raises:
+        InputError: no target within `max_tokens`; names the record.
+    """
+    tokens, is_target = [], []
+    for piece in render(turns):
+        ids = tokenizer.encode(piece.text)
+        tokens += ids
+        is_target += [piece.is_target] * len(ids)
+    total = len(tokens)
+    tokens, is_target = np.asarray(tokens[:max_tokens], np.int32), np.asarray(is_target[:max_tokens], bool)
+    if not is_target.any():
+        raise InputError(
+            f"{name}: got no target among the first {len(tokens)} of {total} tokens, expected an answer to learn; "
+            "raise the number of tokens per row or shorten the question"
+        )
+    return tokens, is_target
+
+
+def make_sample(record: Record, tokenizer: Tokenizer, config: MLMambaConfig, max_tokens: int) -> Sample:
+    """Raises InputError, naming the record, for an image that cannot be decoded or a conversation without targets."""
+    tokens, is_target = tokenize(record.turns, tokenizer, max_tokens, record.id)
+    pixels = None
+    if record.image is not None and config.vision:
+        pixels = prepare_images(read_image(record.image, record.id), config)
+    return Sample(tokens, is_target, pixels)
+
+
+def collate(samples: Sequence[Sample], config: MLMambaConfig, pad_id: int, length: int) -> Batch:
+    """Stack rows of different lengths, padded to `length` tokens. Rows without an image get black pixels and no mask."""
+    shape = (len(samples), length)
+    tokens, is_target = np.full(shape, pad_id, np.int32), np.zeros(shape, bool)
+    for row, sample in enumerate(samples):
+        tokens[row, : len(sample.tokens)] = sample.tokens
+        is_target[row, : len(sample.tokens)] = sample.is_target
+    images = {}
+    for encoder in config.vision:
+        blank = np.zeros((encoder.image_size, encoder.image_size, 3), np.uint8)
+        images[encoder.name] = np.stack([blank if s.pixels is None else s.pixels[encoder.name] for s in samples])
+    has_image = np.asarray([sample.pixels is not None for sample in samples], bool)
+    return Batch(
+        tokens=tokens,
+        is_target=is_target,
+        lengths=np.asarray([len(sample.tokens) for sample in samples], np.int32),
+        images=images,
+        image_mask=None if has_image.all() else has_image,
+    )

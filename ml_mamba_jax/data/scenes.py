@@ -1,0 +1,134 @@
+"""Scenes of real handwritten digits, with questions and answers about them.
+
+The digits are the 1,797 of the UCI set "Optical Recognition of Handwritten Digits" (8 x 8 pixels, 16 grey levels) that ships inside
+scikit-learn. A scene shows one of them, or a grid of four. Held-out scenes are drawn from digits that no training scene contains.
+"""
+
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ml_mamba_jax.errors import InputError
+
+SIDE = 64
+"""Pixels of a scene's side."""
+HELD_OUT = 0.2
+"""Part of the digits, the same of each class, that only held-out scenes show."""
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+KINDS = ("single_digit", "parity", "position", "presence")
+
+_SINGLE = ("Which digit is this?", "What digit do you see?", "Which digit is written here?")
+_PARITY = ("Is the digit even?", "Is this digit an even number?")
+_POSITION = ("Which digit is at the {}?", "What is the digit at the {}?")
+_PRESENCE = ("Is there a {}?", "Do you see a {}?")
+
+
+class Digits(NamedTuple):
+    """`images` uint8 [n 8 8] with ink white on black, `labels` int [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Question(NamedTuple):
+    kind: str
+    question: str
+    answer: str
+
+
+class Scene(NamedTuple):
+    """`png` is the encoded picture, `digits` the indices of its digits in the set."""
+
+    png: bytes
+    digits: tuple[int, ...]
+    questions: tuple[Question, ...]
+
+
+def load_digits() -> Digits:
+    """The 1,797 digits. Raises InputError where scikit-learn is not installed."""
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise InputError("the digits need scikit-learn: pip install 'ml-mamba-jax[demo]'") from error
+    data = load()
+    return Digits((data.images * (255 / 16)).round().astype(np.uint8), data.target.astype(np.int64))
+
+
+def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+    """Indices of the digits for "train" and "test", disjoint, with `HELD_OUT` of each class in test."""
+    rng = np.random.default_rng(seed)
+    test = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        test.append(members[: round(HELD_OUT * len(members))])
+    test = np.sort(np.concatenate(test))
+    return {"train": np.setdiff1d(np.arange(len(labels)), test), "test": test}
+
+
+def scenes(digits: Digits, members: np.ndarray, n_scenes: int, seed: int) -> Iterator[Scene]:
+    """`n_scenes` scenes of the digits with indices `members`, half of them single digits, half grids of four."""
+    rng = np.random.default_rng(seed)
+    for i in range(n_scenes):
+        chosen = rng.choice(members, size=1 if i % 2 == 0 else 4)
+        labels = digits.labels[chosen]
+        picture = _draw(digits.images[chosen], rng)
+        questions = _about_one(labels[0], rng) if len(chosen) == 1 else _about_four(labels, rng)
+        yield Scene(_encode_png(picture), tuple(chosen.tolist()), questions)
+
+
+def _about_one(label: int, rng: np.random.Generator) -> tuple[Question, ...]:
+    return (
+        Question("single_digit", _pick(_SINGLE, rng), str(label)),
+        Question("parity", _pick(_PARITY, rng), _yes_or_no(label % 2 == 0)),
+    )
+
+
+def _about_four(labels: np.ndarray, rng: np.random.Generator) -> tuple[Question, ...]:
+    """One question for each corner, and two about presence: of a digit that is there, and of one that is not."""
+    positions = [
+        Question("position", _pick(_POSITION, rng).format(corner), str(label))
+        for corner, label in zip(CORNERS, labels, strict=True)
+    ]
+    present, absent = rng.choice(labels), rng.choice(np.setdiff1d(np.arange(10), labels))
+    presences = [
+        Question("presence", _pick(_PRESENCE, rng).format(WORDS[label]), answer)
+        for label, answer in ((present, "Yes"), (absent, "No"))
+    ]
+    return (*positions, *presences)
+
+
+def _draw(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [SIDE SIDE]: digits in the cells of a square grid, each a little shifted, scaled and turned."""
+    from PIL import Image
+
+    per_side = round(len(images) ** 0.5)
+    cell = SIDE // per_side
+    canvas = Image.new("L", (SIDE, SIDE))
+    for i, image in enumerate(images):
+        size = round(cell * rng.uniform(0.8, 1.0))
+        digit = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+        digit = digit.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
+        row, column = divmod(i, per_side)
+        left, top = (start * cell + rng.integers(cell - size + 1) for start in (column, row))
+        canvas.paste(digit, (int(left), int(top)))
+    return np.asarray(canvas)
+
+
+def _encode_png(picture: np.ndarray) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture).convert("RGB").save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _pick(texts: tuple[str, ...], rng: np.random.Generator) -> str:
+    return texts[rng.integers(len(texts))]
+
+
+def _yes_or_no(truth: bool) -> str:
+    return "Yes" if truth else "No"

@@ -1,0 +1,62 @@
+"""Small pieces shared by the encoders, the connector and the language model: dense layers, norms, initialisers.
+
+Every parameter carries logical axis names (`embed`, `inner`, `heads`, `mlp`, `vocab`, ...); `ml_mamba_jax.sharding` maps them to mesh
+axes. Parameters are float32, computation is in `dtype`.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers."""
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+def with_axes(initializer: nn.initializers.Initializer, *axes: str | None) -> nn.initializers.Initializer:
+    """Attach logical axis names to what `initializer` makes."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def dense(
+    features: int,
+    axes: Sequence[str | None],
+    *,
+    name: str,
+    dtype: jnp.dtype,
+    use_bias: bool = True,
+    kernel_init: nn.initializers.Initializer = uniform_fan_in,
+) -> nn.Dense:
+    """A linear layer whose kernel [in out] has logical `axes`; the bias takes the last of them and starts at zero."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=with_axes(kernel_init, *axes),
+        bias_init=with_axes(nn.initializers.zeros, axes[-1]),
+        name=name,
+    )
+
+
+def layer_norm(eps: float, *, name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+    """LayerNorm in float32 with the two-pass variance that PyTorch uses."""
+    return nn.LayerNorm(
+        epsilon=eps,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=with_axes(nn.initializers.ones, "norm"),
+        bias_init=with_axes(nn.initializers.zeros, "norm"),
+        name=name,
+    )
+
+
+def rms_norm(eps: float, *, name: str, dtype: jnp.dtype) -> nn.RMSNorm:
+    """RMSNorm in float32."""
+    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=with_axes(nn.initializers.ones, "norm"), name=name)

@@ -1,0 +1,144 @@
+"""ML-Mamba: images and text in, logits out; a recurrent state in and out when generating."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.connector import ScanConnector
+from ml_mamba_jax.mamba2 import Mamba2
+from ml_mamba_jax.state import MambaState, init_state
+from ml_mamba_jax.typing import Hidden, Images, LastLogits, Logits, RowMask, SegmentIds, Tokens
+from ml_mamba_jax.vision import VisionEncoder
+
+
+class MLMamba(nn.Module):
+    """Encoders -> connector -> language model; the visual tokens stand before the text (arXiv 2407.19832, figure 1).
+
+    A hashable value without arrays. `params = model.init(key, **model.dummy_inputs())["params"]` is a plain nested dict, and every
+    method is a pure function of it:
+
+        logits = model.apply({"params": params}, tokens, images=pixels)
+        logits, state = model.apply({"params": params}, tokens, images=pixels, method="prefill")
+        logits, state = model.apply({"params": params}, token, state, method="step")
+
+    Images are uint8 [b y x 3] or normalised floats by encoder name; see `ml_mamba_jax.image`. `image_mask` [b] tells which rows have
+    an image: in the others the visual tokens are padding that nothing sees.
+    """
+
+    config: MLMambaConfig
+    remat: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    def setup(self):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        if config.vision:
+            self.vision = VisionEncoder(config.vision, dtype, self.remat)
+            self.connector = ScanConnector(config.connector, config.grid, dtype, self.remat)
+        self.language = Mamba2(config.language, dtype, self.remat)
+
+    @nn.nowrap
+    def init(self, *args, **kwargs) -> dict:
+        """`nn.Module.init` without the boxes that carry axis names (`ml_mamba_jax.sharding.logical_axes` reads those)."""
+        return nn.unbox(self.init_with_axes(*args, **kwargs))
+
+    @nn.nowrap
+    def init_with_axes(self, *args, **kwargs) -> dict:
+        """`nn.Module.init`: parameters in boxes with their logical axis names."""
+        return super().init(*args, **kwargs)
+
+    @nn.nowrap
+    def dummy_inputs(self, batch_size: int = 1, length: int = 2) -> dict:
+        """Inputs of the right shapes, for `init`."""
+        inputs = {"tokens": jnp.zeros((batch_size, length), jnp.int32)}
+        if self.config.vision:
+            inputs["images"] = {
+                encoder.name: jnp.zeros((batch_size, encoder.image_size, encoder.image_size, 3), jnp.uint8)
+                for encoder in self.config.vision
+            }
+        return inputs
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        images: Images | None = None,
+        image_mask: RowMask | None = None,
+        segment_ids: SegmentIds | None = None,
+    ) -> Logits:
+        """Logits of every position, [b l_image + l v]; position t predicts token t + 1."""
+        return self.logits(self.hidden(tokens, images=images, image_mask=image_mask, segment_ids=segment_ids))
+
+    def hidden(
+        self,
+        tokens: Tokens,
+        *,
+        images: Images | None = None,
+        image_mask: RowMask | None = None,
+        segment_ids: SegmentIds | None = None,
+    ) -> Hidden:
+        """Normalised hidden states of every position; `logits` turns any of them into logits."""
+        x, segment_ids = self._sequence(tokens, images, image_mask, segment_ids)
+        return self.language(x, segment_ids=segment_ids)[0]
+
+    def logits(self, hidden: Array) -> Array:
+        """[.. d] -> float32 [.. v]."""
+        return self.language.logits(hidden)
+
+    def encode_images(self, images: Images) -> Hidden:
+        """Visual tokens [b l_image d]. Raises ValueError on a language model without encoders."""
+        if not self.config.vision:
+            raise ValueError("images: got some, but this model has no image encoders; pass text only")
+        return self.connector(self.vision(images))
+
+    def prefill(
+        self,
+        tokens: Tokens,
+        *,
+        images: Images | None = None,
+        image_mask: RowMask | None = None,
+        lengths: Int[Array, "b"] | None = None,
+        state: MambaState | None = None,
+    ) -> tuple[LastLogits, MambaState]:
+        """Read a prompt, or a piece of one: logits after each row's last token, and the state there.
+
+        Args:
+            lengths: tokens of each row, which are padded on the right beyond them. Default: all.
+            state: what came before; None starts afresh. A prompt read in pieces gives what it gives in one.
+        """
+        batch, length = tokens.shape
+        segment_ids = None
+        if lengths is not None:
+            segment_ids = jnp.where(jnp.arange(length)[None] < lengths[:, None], 0, -1)
+        if state is None:
+            state = init_state(self.config.language, batch, self.config.dtype)
+        x, segment_ids = self._sequence(tokens, images, image_mask, segment_ids)
+        hidden, state = self.language(x, state, segment_ids)
+        if lengths is None:
+            last = hidden[:, -1]
+        else:
+            position = jnp.maximum(hidden.shape[1] - length + lengths - 1, 0)
+            last = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
+        return self.logits(last), state
+
+    def step(self, token: Int[Array, "b"], state: MambaState) -> tuple[LastLogits, MambaState]:
+        """Read one token of each row: logits of the next, and the next state."""
+        hidden, state = self.language(self.language.embed(token[:, None]), state)
+        return self.logits(hidden[:, 0]), state
+
+    def _sequence(self, tokens, images, image_mask, segment_ids) -> tuple[Hidden, SegmentIds | None]:
+        """Embeddings of [visual tokens | text] and the segment ids of both parts."""
+        x = self.language.embed(tokens)
+        if images is None:
+            return x, segment_ids
+        visual = self.encode_images(images)
+        if image_mask is not None or segment_ids is not None:
+            batch, n_visual = visual.shape[:2]
+            if segment_ids is None:
+                segment_ids = jnp.zeros(tokens.shape, jnp.int32)
+            seen = segment_ids[:, :1]  # an image belongs to the first sequence of its row
+            if image_mask is not None:
+                seen = jnp.where(image_mask[:, None], seen, -1)
+            segment_ids = jnp.concatenate([jnp.broadcast_to(seen, (batch, n_visual)), segment_ids], axis=1)
+        return jnp.concatenate([visual.astype(x.dtype), x], axis=1), segment_ids

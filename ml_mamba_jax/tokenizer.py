@@ -1,0 +1,91 @@
+"""Text to token ids and back: a byte-level BPE, as GPT-NeoX's, in a `tokenizer.json`."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.prompt import END_OF_TEXT
+
+FILE_NAME = "tokenizer.json"
+
+
+class Tokenizer:
+    """A thin face over the `tokenizers` library. Ends of turns are `<|endoftext|>`; nothing is added by itself."""
+
+    def __init__(self, backend):
+        """`backend` is a `tokenizers.Tokenizer` that knows `<|endoftext|>`; raises InputError if it does not."""
+        self.backend = backend
+        eos_id = backend.token_to_id(END_OF_TEXT)
+        if eos_id is None:
+            raise InputError(f"tokenizer: got a vocabulary without {END_OF_TEXT}, expected one that marks the end of a turn with it")
+        self.eos_id: int = eos_id
+        """Id of `<|endoftext|>`; also pads."""
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """Read a `tokenizer.json`: its path, a folder that holds one, or the id of a model on the Hugging Face hub.
+
+        Raises:
+            InputError: nothing there, or not a tokenizer.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        path = Path(source)
+        if path.is_dir():
+            path = path / FILE_NAME
+        try:
+            if path.is_file():
+                return cls(Backend.from_file(str(path)))
+            if _looks_like_a_path(str(source)):
+                raise InputError(f"tokenizer: found no {path}, expected a {FILE_NAME}, a folder that holds one, or a hub id")
+            return cls(Backend.from_pretrained(str(source)))
+        except InputError:
+            raise
+        except Exception as error:  # the library raises plain Exception for whatever goes wrong
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"tokenizer: cannot read {source}: {reason}") from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """Learn a byte-level BPE of at most `vocab_size` entries (at least 257: every byte and the end of text, id 0)."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        if vocab_size < 257:
+            raise InputError(f"vocab_size: got {vocab_size}, expected at least 257 (every byte and {END_OF_TEXT})")
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `tokenizer.json` into `folder`, whole or not at all, and return its path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, aside = folder / FILE_NAME, folder / f".{FILE_NAME}.partial"
+        self.backend.save(str(aside))
+        aside.replace(path)
+        return path
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens. Bytes that form no character yet become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.endswith(".json") or source.startswith((".", "/", "~")) or source.count("/") > 1

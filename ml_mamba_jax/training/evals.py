@@ -1,0 +1,93 @@
+"""Exact-match scores of a model's answers, by kind of question."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.generation import generate
+from ml_mamba_jax.image import read_image
+from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.tokenizer import Tokenizer
+
+
+class Answer(NamedTuple):
+    """A record whose last turn is the expected answer, and what the model said instead of it."""
+
+    record: Record
+    prediction: str
+
+    @property
+    def question(self) -> str:
+        return self.record.turns[-2].text
+
+    @property
+    def expected(self) -> str:
+        return self.record.turns[-1].text
+
+    @property
+    def is_right(self) -> bool:
+        return self.prediction.strip() == self.expected.strip()
+
+
+class Score(NamedTuple):
+    """`accuracy` of `count` answers; `majority_baseline`: that of always giving the most frequent expected answer."""
+
+    accuracy: float
+    count: int
+    majority_baseline: float
+
+
+def answer(
+    model: MLMamba,
+    params: dict,
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    max_new_tokens: int = 16,
+) -> list[Answer]:
+    """Ask the last question of each record, greedily, `batch_size` at a time."""
+    answers = []
+    for start in range(0, len(records), batch_size):
+        part = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+        rows = part + part[:1] * (batch_size - len(part))  # a full last batch needs no compilation of its own
+        predictions = generate(
+            model,
+            params,
+            tokenizer,
+            [record.turns[:-1] for record in rows],
+            [None if record.image is None else read_image(record.image, record.id) for record in rows],
+            max_new_tokens=max_new_tokens,
+        )
+        answers += [Answer(record, text) for record, text in zip(part, predictions, strict=False)]
+    return answers
+
+
+def score(answers: Sequence[Answer]) -> dict[str, Score]:
+    """Scores by kind and `overall`, whose baseline knows the most frequent answer of each kind."""
+    by_kind: dict[str, list[Answer]] = {}
+    for item in answers:
+        by_kind.setdefault(item.record.kind or "question", []).append(item)
+    scores = {kind: _score(items) for kind, items in sorted(by_kind.items())}
+    total = sum(s.count for s in scores.values())
+    overall = Score(
+        accuracy=sum(s.accuracy * s.count for s in scores.values()) / total,
+        count=total,
+        majority_baseline=sum(s.majority_baseline * s.count for s in scores.values()) / total,
+    )
+    return {"overall": overall, **scores}
+
+
+def _score(answers: Sequence[Answer]) -> Score:
+    (_, most), *_ = Counter(item.expected for item in answers).most_common(1)
+    right = sum(item.is_right for item in answers)
+    return Score(right / len(answers), len(answers), most / len(answers))
+
+
+def table(scores: dict[str, Score]) -> str:
+    """The scores as an aligned text table."""
+    lines = [f"{'kind':<14} {'accuracy':>9} {'majority':>9} {'questions':>10}"]
+    for kind, s in scores.items():
+        lines.append(f"{kind:<14} {s.accuracy:>9.1%} {s.majority_baseline:>9.1%} {s.count:>10,}")
+    return "\n".join(lines)

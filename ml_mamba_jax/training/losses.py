@@ -1,0 +1,52 @@
+"""Next-token cross entropy over the tokens a conversation wants learnt."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float
+
+from ml_mamba_jax.model import MLMamba
+
+
+def target_losses(model: MLMamba, params: dict, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The sum of the cross entropies of all target tokens of a `Batch`, and their number, both float32.
+
+    Sums, so that micro-batches and devices with different numbers of targets add up to the mean over tokens. Targets stand to the
+    right of some question, so the prediction of token t comes from text position t - 1; padding stands to the right of all targets
+    and cannot reach them in a causal model.
+    """
+    variables = {"params": params}
+    images = {"images": batch.images, "image_mask": batch.image_mask} if batch.images else {}
+    hidden = model.apply(variables, batch.tokens, **images, method="hidden")
+    length = batch.tokens.shape[1]
+    logits = model.apply(variables, hidden[:, -length:-1], method="logits")
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
+    weights = batch.is_target[:, 1:].astype(jnp.float32)
+    return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def mean_loss_and_gradient(model: MLMamba, params: dict, batch, micro_batches: int = 1):
+    """The mean loss over the target tokens of the batch, its gradient, and the number of targets.
+
+    With `micro_batches` > 1 the rows are taken in that many parts one after the other, in the memory of one: the result is that of
+    the whole batch, whatever the number of targets in each part.
+    """
+
+    def loss_sum(params, part):
+        return target_losses(model, params, part)
+
+    if micro_batches == 1:
+        (loss, count), gradient = jax.value_and_grad(loss_sum, has_aux=True)(params, batch)
+    else:
+        # Rows are dealt out like cards, so that each part is spread over the devices as the batch is.
+        parts = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(-1, micro_batches, *a.shape[1:]), 0, 1), batch)
+
+        def add(total, part):
+            (loss, count), gradient = jax.value_and_grad(loss_sum, has_aux=True)(params, part)
+            return jax.tree.map(jnp.add, total, (loss, count, gradient)), None
+
+        zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        (loss, count, gradient), _ = jax.lax.scan(add, zero, parts)
+    count = jnp.maximum(count, 1)
+    return loss / count, jax.tree.map(lambda g: g / count, gradient), count

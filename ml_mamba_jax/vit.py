@@ -1,0 +1,110 @@
+"""One vision transformer for every encoder: patch features of its second-to-last block."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from ml_mamba_jax.config import ViTConfig
+from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, with_axes
+from ml_mamba_jax.typing import Pixels
+
+_xavier = nn.initializers.xavier_uniform()
+
+
+class ViTBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch scaled where the config has layer scale."""
+
+    config: ViTConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], _: None) -> tuple[Float[Array, "b l d"], None]:
+        config = self.config
+        x = x + self._scale("attention_scale", self._attention(self._norm("attention_norm")(x)))
+        x = x + self._scale("mlp_scale", self._mlp(self._norm("mlp_norm")(x)))
+        return x, None
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return layer_norm(self.config.norm_eps, name=name, dtype=self.dtype)
+
+    def _attention(self, x):
+        config = self.config
+        batch, length, width = x.shape
+        qkv = self._dense(3 * width, ("embed", "heads"), "qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, config.n_heads, -1), 2, 0)
+        attended = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        return self._dense(width, ("heads", "embed"), "attention_out")(attended)
+
+    def _mlp(self, x):
+        hidden = self._dense(self.config.mlp_dim, ("embed", "mlp"), "mlp_in")(x)
+        return self._dense(x.shape[-1], ("mlp", "embed"), "mlp_out")(ACTIVATIONS[self.config.activation](hidden))
+
+    def _dense(self, features: int, axes: tuple[str, str], name: str) -> nn.Dense:
+        return dense(features, axes, name=name, dtype=self.dtype, kernel_init=_xavier)
+
+    def _scale(self, name: str, x):
+        if self.config.layer_scale is None:
+            return x
+        init = with_axes(nn.initializers.constant(self.config.layer_scale), "norm")
+        return x * self.param(name, init, x.shape[-1:]).astype(self.dtype)[None, None]
+
+
+class ViT(nn.Module):
+    """Pixels [b y x 3] -> patch features [b rows*columns width], row-major, prefix tokens dropped, no final norm."""
+
+    config: ViTConfig
+    dtype: jnp.dtype
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, pixels: Pixels) -> Float[Array, "b l d"]:
+        config = self.config
+        size = config.image_size
+        if pixels.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"images[{config.name!r}]: got shape {tuple(pixels.shape)}, expected [b {size} {size} 3]; "
+                "prepare images with ml_mamba_jax.image.prepare_image"
+            )
+        x = dense(config.width, (None, "embed"), name="patch_embed", dtype=self.dtype, kernel_init=_xavier)(
+            _patches(normalise(pixels, config).astype(self.dtype), config)
+        )
+        embedding_init = nn.initializers.normal(config.width**-0.5)
+        position = self.param(
+            "pos_embed", with_axes(embedding_init, None, "embed"), (config.n_patches, config.width)
+        )
+        x = x + position[None].astype(self.dtype)
+        n_prefix = int(config.class_token) + config.n_registers
+        if n_prefix:
+            prefix = self.param(
+                "prefix_tokens", with_axes(embedding_init, None, "embed"), (n_prefix, config.width)
+            )
+            prefix = jnp.broadcast_to(prefix.astype(self.dtype)[None], (x.shape[0], *prefix.shape))
+            x = jnp.concatenate([prefix, x], axis=1)
+        block = nn.remat(ViTBlock, prevent_cse=False) if self.remat else ViTBlock
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=config.depth - 1,  # the second-to-last block is the last that is needed
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = blocks(config, self.dtype, name="blocks")(x, None)
+        return x[:, n_prefix:]
+
+
+def normalise(pixels: Pixels, config: ViTConfig) -> Float[Array, "b y x 3"]:
+    """uint8 -> float32, scaled to [0, 1] and normalised with the encoder's mean and std; floats pass as they are."""
+    if not jnp.issubdtype(pixels.dtype, jnp.integer):
+        return pixels
+    mean, std = (jnp.asarray(a, jnp.float32)[None, None, None] for a in (config.mean, config.std))
+    return (pixels.astype(jnp.float32) / 255 - mean) / std
+
+
+def _patches(pixels, config: ViTConfig):
+    """[b y x 3] -> [b rows*columns patch*patch*3]: what a convolution with stride = kernel = patch sees."""
+    (rows, columns), patch = config.grid, config.patch_size
+    seen = pixels[:, : rows * patch, : columns * patch]
+    tiles = seen.reshape(-1, rows, patch, columns, patch, 3).swapaxes(2, 3)
+    return tiles.reshape(-1, rows * columns, patch * patch * 3)

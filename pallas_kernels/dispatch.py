@@ -1,0 +1,151 @@
+"""The one place that chooses a backend for a kernel, and that can explain the choice.
+
+A kernel ("op") is a public function with several backends: `reference` (the recurrence, token by token), `xla` (chunked, runs
+everywhere), and hand-written kernels for particular devices. A backend is a module that holds a function named after the op and,
+when it cannot take every argument, a function `why_not_<op>` with the same signature that returns the reason in one line.
+
+Who runs is decided while tracing:
+
+* `implementation=None`: the first of `PREFERENCE[platform]` that can be imported, runs on the default device, and takes the
+  arguments.
+* a name: that backend or an error. It does not ask which devices are present, so it also lowers with `jax.export` elsewhere.
+* a tuple of names: the first that takes the arguments.
+
+`explain` returns the decision with the reason for every backend that was not chosen.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+
+import jax
+
+IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton")
+
+# Fastest first. A kernel stands before `xla` only where it has been measured to win; `reference` is an oracle, never chosen.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("xla",),
+    "gpu": ("pallas_gpu", "triton", "xla"),
+    "tpu": ("xla",),
+}
+
+Implementation = str | Sequence[str] | None
+
+_override: contextvars.ContextVar[Implementation] = contextvars.ContextVar("implementation", default=None)
+
+
+@contextlib.contextmanager
+def use_implementation(implementation: Implementation) -> Iterator[None]:
+    """Make `implementation` the default of every kernel called inside the block.
+
+    The choice is made while tracing: a function that `jax.jit` compiled before keeps what it was compiled with.
+    """
+    _check_names(_as_tuple(implementation))
+    token = _override.set(implementation)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which backend an op would run, and for each other one the reason why not."""
+
+    op: str
+    platform: str
+    chosen: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.platform}: {self.chosen or 'no backend takes these arguments'}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A kernel with several backends: `package` holds one module for each name in `backends`."""
+
+    name: str
+    package: str
+    backends: tuple[str, ...]
+
+    def __call__(self, implementation: Implementation, *args, **kwargs):
+        """Run the chosen backend on `args` and `kwargs`."""
+        return getattr(self._module(self.choose(implementation, *args, **kwargs)), self.name)(*args, **kwargs)
+
+    def choose(self, implementation: Implementation, *args, **kwargs) -> str:
+        """The name of the backend that `implementation` (see the module's docstring) stands for.
+
+        Raises ValueError for an unknown name, and an ExceptionGroup with every reason when no candidate will do.
+        """
+        chosen, reasons = self._decide(implementation, args, kwargs)
+        if chosen is None:
+            raise ExceptionGroup(
+                f"{self.name}: no backend takes these arguments; pass implementation=None to let the library choose",
+                [NotImplementedError(f"{name}: {reason}") for name, reason in reasons.items()],
+            )
+        return chosen
+
+    def explain(self, *args, implementation: Implementation = None, **kwargs) -> Explanation:
+        """What `choose` would do, as a value. Without arguments only the device and the imports are judged."""
+        chosen, reasons = self._decide(implementation, args, kwargs)
+        for name in IMPLEMENTATIONS:
+            if name != chosen and name not in reasons:
+                reasons[name] = self._why_not(name, args, kwargs, automatic=True) or self._why_not_preferred(name, chosen)
+        return Explanation(self.name, jax.default_backend(), chosen, reasons)
+
+    def _decide(self, implementation: Implementation, args: tuple, kwargs: dict) -> tuple[str | None, dict[str, str]]:
+        implementation = _override.get() if implementation is None else implementation
+        automatic = implementation is None
+        candidates = PREFERENCE.get(jax.default_backend(), ("xla",)) if automatic else _as_tuple(implementation)
+        _check_names(candidates)
+        reasons = {}
+        for name in candidates:
+            reason = self._why_not(name, args, kwargs, automatic)
+            if reason is None:
+                return name, reasons
+            reasons[name] = reason
+        return None, reasons
+
+    def _why_not(self, name: str, args: tuple, kwargs: dict, automatic: bool) -> str | None:
+        if name not in self.backends:
+            return f"{self.name} has no {name} backend"
+        try:
+            module = self._module(name)
+        except ImportError as error:
+            return f"cannot be imported: {error}"
+        if automatic and (reason := _call_if_present(module, "why_not_here")):
+            return reason
+        if not args and not kwargs:
+            return None
+        return _call_if_present(module, f"why_not_{self.name}", *args, **kwargs)
+
+    def _why_not_preferred(self, name: str, chosen: str | None) -> str:
+        if name == "reference":
+            return "it is the oracle of the tests, never chosen automatically"
+        return f"it would run; {chosen} is preferred on {jax.default_backend()}"
+
+    def _module(self, name: str) -> ModuleType:
+        return importlib.import_module(f"{self.package}.{name}")
+
+
+def _call_if_present(module: ModuleType, function: str, *args, **kwargs) -> str | None:
+    found: Callable[..., str | None] | None = getattr(module, function, None)
+    return found(*args, **kwargs) if found else None
+
+
+def _as_tuple(implementation: Implementation) -> tuple[str, ...]:
+    if implementation is None:
+        return ()
+    return (implementation,) if isinstance(implementation, str) else tuple(implementation)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation: got {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")

@@ -1,0 +1,38 @@
+"""The orders in which a grid of image patches can be walked.
+
+Patches are stored row-major (as ViTs produce them). A direction names a walk over the grid; the cross scan of VMamba
+(arXiv 2401.10166) uses all four, the bidirectional scan of ML-Mamba (arXiv 2407.19832, figure 4) the first two.
+"""
+
+import numpy as np
+from jax import Array
+
+DIRECTIONS = ("rows", "rows_reversed", "columns", "columns_reversed")
+
+
+def scan_order(direction: str, grid: tuple[int, int]) -> np.ndarray:
+    """order[t] is the row-major index of the patch that is visited at time t; int32 [rows * columns]."""
+    return to_scan_order(np.arange(grid[0] * grid[1], dtype=np.int32), direction, grid, axis=0)
+
+
+def to_scan_order(a: Array, direction: str, grid: tuple[int, int], axis: int = 1) -> Array:
+    """Reorder the row-major patch axis of `a` into the order of `direction`."""
+    if direction.startswith("columns"):
+        a = _swap_grid(a, grid, axis)
+    return _reverse(a, axis) if direction.endswith("reversed") else a
+
+
+def from_scan_order(a: Array, direction: str, grid: tuple[int, int], axis: int = 1) -> Array:
+    """The inverse of `to_scan_order`."""
+    if direction.endswith("reversed"):
+        a = _reverse(a, axis)
+    return _swap_grid(a, grid[::-1], axis) if direction.startswith("columns") else a
+
+
+def _reverse(a: Array, axis: int) -> Array:
+    return a[(slice(None),) * axis + (slice(None, None, -1),)]
+
+
+def _swap_grid(a: Array, grid: tuple[int, int], axis: int) -> Array:
+    shape = a.shape
+    return a.reshape(*shape[:axis], *grid, *shape[axis + 1 :]).swapaxes(axis, axis + 1).reshape(shape)
