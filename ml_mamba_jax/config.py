@@ -1,12 +1,13 @@
 """The architecture as frozen dataclasses, and the named sizes.
 
 A config holds numbers and choices, no arrays: it is hashable, prints itself, and goes to JSON and back
-(`ml_mamba_jax.serialize`). `MLMambaConfig.named("ml-mamba-3b")` is the released model; `"tiny"` differs from it by numbers only.
+(`ml_mamba_jax.serialize`). `MLMambaConfig.named("ml-mamba-3b")` is the released model; `"tiny"` differs from it by
+numbers only.
 """
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 from ml_mamba_jax.names import unknown
 
@@ -45,7 +46,9 @@ class MixerConfig:
 
     def __post_init__(self):
         if self.d_inner % self.head_dim:
-            raise ValueError(f"MixerConfig: got d_inner {self.d_inner}, expected a multiple of head_dim {self.head_dim}")
+            raise ValueError(
+                f"MixerConfig: got d_inner {self.d_inner}, expected a multiple of head_dim {self.head_dim}"
+            )
         if self.n_heads % self.n_groups:
             raise ValueError(f"MixerConfig: got {self.n_heads} heads, expected a multiple of n_groups {self.n_groups}")
 
@@ -130,7 +133,7 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ConnectorConfig:
-    """The Mamba-2 Scan Connector: projection + GELU, scan blocks with SwiGLU, norm, MLP projector (arXiv 2407.19832, 3.3)."""
+    """The Mamba-2 Scan Connector: projection + GELU, scan blocks with SwiGLU, norm, MLP (arXiv 2407.19832, 3.3)."""
 
     mixer: MixerConfig
     n_layers: int = 2
@@ -177,11 +180,11 @@ class MLMambaConfig:
     def n_visual_tokens(self) -> int:
         return self.vision[0].n_patches if self.vision else 0
 
-    def replace(self, **changes) -> Self:
+    def replace(self, **changes) -> "MLMambaConfig":
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def named(cls, name: str) -> Self:
+    def named(cls, name: str) -> "MLMambaConfig":
         """The config of that name (see `NAMED`). Raises ValueError with the nearest name for an unknown one."""
         if name not in NAMED:
             raise unknown("model", name, NAMED)

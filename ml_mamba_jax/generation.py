@@ -1,12 +1,11 @@
 """Text from a model: read the prompts at once, then write token by token on the device.
 
-`generate` answers a batch, `stream` yields one answer as it is written, `Chat` keeps the recurrent state from turn to turn. All of
-them stand on `generate_tokens` and `advance`, which know only token ids.
+`generate` answers a batch, `stream` yields one answer as it is written, `Chat` keeps the recurrent state from turn to
+turn. All of them stand on `generate_tokens` and `advance`, which know only token ids.
 """
 
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,18 +14,15 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from ml_mamba_jax.batching import encode_turns, pad_rows, stack_images
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError, NonFiniteError
-from ml_mamba_jax.image import prepare_images, read_image
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.prompt import Turn, prompt, render
+from ml_mamba_jax.prompt import Turn, render
 from ml_mamba_jax.sampling import Sampling, sample
 from ml_mamba_jax.state import MambaState
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.typing import Images, RowMask, Tokens
-
-SHORTEST_BUCKET = 32
-"""Prompts are padded to this many tokens, or twice, four times ... as many: few lengths, hence few compilations."""
 
 
 class Decoding(NamedTuple):
@@ -48,7 +44,7 @@ def begin(
     image_mask: RowMask | None = None,
     state: MambaState | None = None,
 ) -> Decoding:
-    """Read prompts [b l], padded on the right beyond `lengths` [b]. `state`: what came before, as in `MLMamba.prefill`."""
+    """Read prompts [b l], padded on the right beyond `lengths` [b]; `state` is what came before, if anything."""
     logits, state = model.apply(
         {"params": params},
         tokens,
@@ -102,7 +98,7 @@ def generate_tokens(
     stop_ids: tuple[int, ...] = (0,),
     vocab_size: int | None = None,
 ) -> tuple[Int[Array, "b max_new_tokens"], Int[Array, "b"], MambaState]:
-    """Continue prompts [b l], padded on the right beyond `lengths` [b]. One compiled program; the loop runs on the device.
+    """Continue prompts [b l], padded on the right beyond `lengths` [b]. One program: the loop runs on the device.
 
     Args:
         image_mask: rows that have an image, as in `MLMamba`.
@@ -113,7 +109,7 @@ def generate_tokens(
     Returns:
         The new tokens, int32 and 0 beyond the end of a row; their numbers; and the state after each row's last one.
     """
-    options = dict(sampling=sampling, stop_ids=stop_ids, vocab_size=vocab_size or model.config.language.vocab_size)
+    vocab_size = vocab_size or model.config.language.vocab_size
 
     def unfinished(carry):
         decoding, _, _ = carry
@@ -121,7 +117,9 @@ def generate_tokens(
 
     def write(carry):
         decoding, written, count = carry
-        token, following = advance(model, params, decoding, key, **options)
+        token, following = advance(
+            model, params, decoding, key, sampling=sampling, stop_ids=stop_ids, vocab_size=vocab_size
+        )
         token = jnp.where(following.finished, 0, token)
         written = lax.dynamic_update_index_in_dim(written, token, decoding.position, axis=1)
         return following, written, count + ~following.finished
@@ -156,8 +154,8 @@ def generate(
         The answers in the order of the prompts, without white space around them.
 
     Raises:
-        InputError: no prompts, an image that cannot be read or that the model has no encoder for, a tokenizer of another
-            model. NonFiniteError: the model computed NaN or infinity.
+        InputError: no prompts, an image that cannot be read or that the model cannot see, a tokenizer of another model.
+        NonFiniteError: the model computed NaN or infinity.
     """
     if isinstance(prompts, str):
         raise InputError("prompts: got one string, expected a list of questions; pass [question]")
@@ -179,7 +177,7 @@ def generate(
     )
     _check_finite(state)
     written, counts = np.asarray(written), np.asarray(counts)
-    return [tokenizer.decode(row[:count]).strip() for row, count in zip(written, counts, strict=True)]
+    return [tokenizer.decode(row[:count].tolist()).strip() for row, count in zip(written, counts, strict=True)]
 
 
 def stream(
@@ -194,7 +192,7 @@ def stream(
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
 ) -> Iterator[str]:
-    """Yield the answer to one prompt piece by piece: joined, what `generate` returns for it. Pieces are whole characters."""
+    """Yield the answer to one prompt piece by piece, in whole characters. Joined it is what `generate` returns."""
     answer = Answer(
         model,
         params,
@@ -306,8 +304,8 @@ class Chat:
         chat.ask("What is in the picture?", "cat.png")
         chat.ask("What colour is it?")
 
-    Only the new turn is read each time: what came before is in the recurrent state, whose size never grows. The answers are those
-    of the whole conversation read afresh.
+    Only the new turn is read each time: what came before is in the recurrent state, whose size never grows. The answers
+    are those of the whole conversation read afresh.
     """
 
     def __init__(self, model: MLMamba, params: dict, tokenizer: Tokenizer):
@@ -337,7 +335,7 @@ class Chat:
         seed: int = 0,
         stop_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
-        """Yield the answer piece by piece. An answer that is abandoned half-way stays in the conversation as far as it got.
+        """Yield the answer piece by piece. One that is abandoned half-way stays in the conversation as far as it got.
 
         Args:
             image: file name, `PIL.Image` or uint8 pixels [y x 3]; only with the first question.
@@ -346,11 +344,13 @@ class Chat:
             InputError: an image after the first question, or one that cannot be read. NonFiniteError: NaN or infinity.
         """
         if image is not None and self.turns:
-            raise InputError("image: got one in the middle of a conversation, expected it with the first question; reset first")
+            raise InputError(
+                "image: got one in the middle of a conversation, expected it with the first question; call reset first"
+            )
         turns = [*self.turns, Turn("human", text)]
         ids = self._tokenizer.encode(render(turns)[-1].text)
-        if self.turns:
-            ids = [self._tokenizer.eos_id, *ids]  # the answer before ends with it; as a stop id it was chosen, but never read
+        if self.turns:  # the answer before ends with the end of text, which was at best chosen, but never read
+            ids = [self._tokenizer.eos_id, *ids]
         answer = Answer(
             self._model,
             self._params,
@@ -370,52 +370,6 @@ class Chat:
             self.answer_ids, self.state = answer.ids, answer.state
 
 
-def encode_turns(tokenizer: Tokenizer, turns: str | Sequence[Turn]) -> list[int]:
-    """Token ids of a question, or of a conversation that ends with one, each turn tokenised on its own as in training."""
-    prompt(turns)  # checks the turns
-    turns = [Turn("human", turns)] if isinstance(turns, str) else turns
-    return [i for piece in render(turns) for i in tokenizer.encode(piece.text)]
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Array, "b l"], Int[Array, "b"]]:
-    """Rows of ids -> int32 tokens padded on the right to a bucket (see `SHORTEST_BUCKET`), and the lengths of the rows."""
-    longest, bucket = max(len(row) for row in rows), SHORTEST_BUCKET
-    while bucket < longest:
-        bucket *= 2
-    tokens = np.full((len(rows), bucket), pad_id, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
-
-
-def stack_images(images: Sequence, config: MLMambaConfig) -> tuple[dict | None, Bool[Array, "b"] | None]:
-    """Images of a batch, None where a row has none -> pixels [b y x 3] by encoder name and the mask of rows; (None, None) for no image."""
-    if all(image is None for image in images):
-        return None, None
-    if not config.vision:
-        raise InputError("image: got one, but this model has no image encoders; ask without an image")
-    rows = [None if image is None else prepare_images(_decoded(image), config) for image in images]
-    shapes = {encoder.name: (encoder.image_size, encoder.image_size, 3) for encoder in config.vision}
-    pixels = {
-        name: jnp.asarray(np.stack([np.zeros(shape, np.uint8) if row is None else row[name] for row in rows]))
-        for name, shape in shapes.items()
-    }
-    return pixels, jnp.asarray([row is not None for row in rows])
-
-
-def _decoded(image):
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if isinstance(image, np.ndarray | Array):
-        from PIL import Image
-
-        pixels = np.asarray(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
-            raise InputError(f"image: got {pixels.dtype} {pixels.shape}, expected uint8 pixels [y x 3]")
-        return Image.fromarray(pixels)
-    return image
-
-
 def _stop_ids(stop_ids: Sequence[int] | None, tokenizer: Tokenizer) -> tuple[int, ...]:
     return (tokenizer.eos_id,) if stop_ids is None else tuple(int(i) for i in stop_ids)
 
@@ -424,8 +378,8 @@ def _vocab_size(tokenizer: Tokenizer, config: MLMambaConfig) -> int:
     """Ids that can be chosen: those of the tokenizer, all of which the model must know."""
     if tokenizer.vocab_size > config.language.vocab_size:
         raise InputError(
-            f"tokenizer: got {tokenizer.vocab_size} entries, expected at most the model's {config.language.vocab_size}; "
-            "use the tokenizer the model was trained with"
+            f"tokenizer: got {tokenizer.vocab_size} entries, expected at most the {config.language.vocab_size} "
+            "of the model; use the tokenizer it was trained with"
         )
     return tokenizer.vocab_size
 

@@ -1,7 +1,7 @@
 """Small pieces shared by the encoders, the connector and the language model: dense layers, norms, initialisers.
 
-Every parameter carries logical axis names (`embed`, `inner`, `heads`, `mlp`, `vocab`, ...); `ml_mamba_jax.sharding` maps them to mesh
-axes. Parameters are float32, computation is in `dtype`.
+Every parameter carries logical axis names (`embed`, `inner`, `heads`, `mlp`, `vocab`, ...); `ml_mamba_jax.sharding`
+maps them to mesh axes. Parameters are float32, computation is in `dtype`.
 """
 
 from collections.abc import Sequence

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 import pallas_kernels as pk
 from ml_mamba_jax.config import Mamba2Config, MixerConfig
 from ml_mamba_jax.layers import dense, rms_norm, uniform_fan_in, with_axes
 from ml_mamba_jax.state import MambaState
-from ml_mamba_jax.typing import Hidden, Logits, SegmentIds, Tokens
+from ml_mamba_jax.typing import Hidden, SegmentIds, Tokens
 
 
 class ScanParameters(NamedTuple):
@@ -54,7 +54,7 @@ def out_projection(config: MixerConfig, dtype: jnp.dtype, n_layers: int) -> nn.D
 
 def split_projection(zxbcdt: Float[Array, "b l e"], config: MixerConfig) -> tuple[Array, Array, Array]:
     """[z | x B C | dt] -> z [b l d_inner], xBC [b l c], dt [b l h]."""
-    return jnp.split(zxbcdt, (config.d_inner, config.d_inner + config.conv_channels), axis=-1)
+    return tuple(jnp.split(zxbcdt, (config.d_inner, config.d_inner + config.conv_channels), axis=-1))
 
 
 def split_channels(xBC: Float[Array, "*b c"], config: MixerConfig) -> tuple[Array, Array, Array]:
@@ -70,7 +70,7 @@ def split_channels(xBC: Float[Array, "*b c"], config: MixerConfig) -> tuple[Arra
 
 
 class Mamba2Mixer(nn.Module):
-    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj. One token with a state takes the step kernels."""
+    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj. One token with a state takes the step ops."""
 
     config: MixerConfig
     n_layers: int
@@ -85,7 +85,7 @@ class Mamba2Mixer(nn.Module):
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (config.d_inner,))
         z, xBC, dt = split_projection(in_projection(config, self.dtype)(u), config)
         A = -jnp.exp(scan.A_log.astype(jnp.float32))
-        shared = dict(D=scan.D, dt_bias=scan.dt_bias, dt_softplus=True, dt_limit=config.dt_limit)
+        shared = {"D": scan.D, "dt_bias": scan.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit}
 
         if state is not None and u.shape[1] == 1 and segment_ids is None:
             xBC, conv = pk.causal_conv1d_step(
@@ -172,6 +172,7 @@ class Mamba2(nn.Module):
 
     def embed(self, tokens: Tokens) -> Hidden:
         """Token embeddings in the compute dtype. Ids outside the table give NaN, never a neighbour's row."""
+        tokens = jnp.where(tokens < 0, self.embedding.shape[0], tokens)  # a negative index would count from the end
         return jnp.take(self.embedding, tokens, axis=0, mode="fill").astype(self.dtype)
 
     def __call__(

@@ -3,28 +3,28 @@
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.connector import ScanConnector
 from ml_mamba_jax.mamba2 import Mamba2
 from ml_mamba_jax.state import MambaState, init_state
-from ml_mamba_jax.typing import Hidden, Images, LastLogits, Logits, RowMask, SegmentIds, Tokens
+from ml_mamba_jax.typing import Hidden, Images, LastLogits, RowMask, SegmentIds, Tokens
 from ml_mamba_jax.vision import VisionEncoder
 
 
 class MLMamba(nn.Module):
     """Encoders -> connector -> language model; the visual tokens stand before the text (arXiv 2407.19832, figure 1).
 
-    A hashable value without arrays. `params = model.init(key, **model.dummy_inputs())["params"]` is a plain nested dict, and every
-    method is a pure function of it:
+    A hashable value without arrays. `params = model.init(key, **model.dummy_inputs())["params"]` is a plain nested
+    dict, and every method is a pure function of it:
 
         logits = model.apply({"params": params}, tokens, images=pixels)
         logits, state = model.apply({"params": params}, tokens, images=pixels, method="prefill")
         logits, state = model.apply({"params": params}, token, state, method="step")
 
-    Images are uint8 [b y x 3] or normalised floats by encoder name; see `ml_mamba_jax.image`. `image_mask` [b] tells which rows have
-    an image: in the others the visual tokens are padding that nothing sees.
+    Images are uint8 [b y x 3] or normalised floats by encoder name; see `ml_mamba_jax.image`. `image_mask` [b] tells
+    which rows have an image: in the others the visual tokens are padding that nothing sees.
     """
 
     config: MLMambaConfig
@@ -40,7 +40,7 @@ class MLMamba(nn.Module):
 
     @nn.nowrap
     def init(self, *args, **kwargs) -> dict:
-        """`nn.Module.init` without the boxes that carry axis names (`ml_mamba_jax.sharding.logical_axes` reads those)."""
+        """`nn.Module.init` without the boxes of axis names that `ml_mamba_jax.sharding.logical_axes` reads."""
         return nn.unbox(self.init_with_axes(*args, **kwargs))
 
     @nn.nowrap
@@ -66,7 +66,7 @@ class MLMamba(nn.Module):
         images: Images | None = None,
         image_mask: RowMask | None = None,
         segment_ids: SegmentIds | None = None,
-    ) -> Logits:
+    ) -> Float[Array, "b l_all v"]:
         """Logits of every position, [b l_image + l v]; position t predicts token t + 1."""
         return self.logits(self.hidden(tokens, images=images, image_mask=image_mask, segment_ids=segment_ids))
 
@@ -77,7 +77,7 @@ class MLMamba(nn.Module):
         images: Images | None = None,
         image_mask: RowMask | None = None,
         segment_ids: SegmentIds | None = None,
-    ) -> Hidden:
+    ) -> Float[Array, "b l_all d"]:
         """Normalised hidden states of every position; `logits` turns any of them into logits."""
         x, segment_ids = self._sequence(tokens, images, image_mask, segment_ids)
         return self.language(x, segment_ids=segment_ids)[0]

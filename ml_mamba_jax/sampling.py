@@ -23,7 +23,7 @@ class Sampling:
     top_k: int | None = None
     """Only the k likeliest tokens; of equally likely ones those with the lowest ids."""
     top_p: float | None = None
-    """Only the fewest, likeliest tokens whose probabilities add up to p or more (nucleus sampling, arXiv 1904.09751)."""
+    """Only the fewest, likeliest tokens whose probabilities reach p together (nucleus sampling, arXiv 1904.09751)."""
 
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):

@@ -19,7 +19,8 @@ from ml_mamba_jax.typing import Hidden
 class ScanMixer(nn.Module):
     """in_proj -> for each direction: conv + SiLU, SSD, gated norm -> mean over directions -> out_proj.
 
-    Projections, gate and norm weight are shared; convolution, dt_bias, A and D belong to a direction (arXiv 2407.19832, 3.3.1).
+    Projections, gate and norm weight are shared; convolution, dt_bias, A and D belong to a direction (arXiv 2407.19832,
+    3.3.1).
     """
 
     config: ConnectorConfig

@@ -1,7 +1,7 @@
 """The recurrent state of a Mamba-2 language model as a plain value.
 
-Its size does not depend on how many tokens have been read, so it can be kept, copied for several questions about one image, and
-stacked into batches. It is a NamedTuple of two arrays whose second axis is the batch.
+Its size does not depend on how many tokens have been read, so it can be kept, copied for several questions about one
+image, and stacked into batches. It is a NamedTuple of two arrays whose second axis is the batch.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ def init_state(config: Mamba2Config, batch_size: int, dtype: str = "float32") ->
 
 
 def take_rows(state: MambaState, rows: Int[Array, "b"]) -> MambaState:
-    """The rows of the batch at these indices, in this order; an index may repeat (fork one state for several questions)."""
+    """The rows of the batch at these indices, in this order; an index may repeat (one state, several questions)."""
     return jax.tree.map(lambda a: jnp.take(a, rows, axis=1), state)
 
 

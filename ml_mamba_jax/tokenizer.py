@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+
 
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import END_OF_TEXT
@@ -23,7 +23,7 @@ class Tokenizer:
         """Id of `<|endoftext|>`; also pads."""
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
+    def from_pretrained(cls, source: str | Path) -> "Tokenizer":
         """Read a `tokenizer.json`: its path, a folder that holds one, or the id of a model on the Hugging Face hub.
 
         Raises:
@@ -47,7 +47,7 @@ class Tokenizer:
             raise InputError(f"tokenizer: cannot read {source}: {reason}") from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn a byte-level BPE of at most `vocab_size` entries (at least 257: every byte and the end of text, id 0)."""
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers

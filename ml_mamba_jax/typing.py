@@ -1,8 +1,8 @@
 """Axis letters of every shape in this library, and the array types built from them.
 
 b batch, l tokens, d model width, h heads, p head width, n state size, g groups, k scan directions, w convolution width,
-c channels, v vocabulary, y x image or grid rows and columns. `layers` is spelled out. Paper capitals (A, B, C, D) appear only
-inside mixers and kernels.
+l_all visual tokens and text together, c channels, v vocabulary, y x image or grid rows and columns. `layers` is spelled
+out. Paper capitals (A, B, C, D) appear only inside mixers and kernels.
 """
 
 from jax import Array
@@ -12,12 +12,10 @@ Tokens = Int[Array, "b l"]
 """Token ids."""
 Hidden = Float[Array, "b l d"]
 """Activations of the language model's width."""
-Logits = Float[Array, "b l v"]
-"""Unnormalised log probabilities over the padded vocabulary, float32."""
 LastLogits = Float[Array, "b v"]
-"""Logits of one token per row."""
-Pixels = Float[Array, "b y x 3"] | UInt8[Array, "b y x 3"]
-"""RGB images: uint8, or float that is already normalised for its encoder."""
+"""Unnormalised log probabilities of one token per row over the padded vocabulary, float32."""
+Pixels = Float[Array, "b _ _ 3"] | UInt8[Array, "b _ _ 3"]
+"""RGB images [b y x 3], of another size for each encoder: uint8, or float that is already normalised for its encoder."""
 Images = Pixels | dict[str, Pixels]
 """One picture for all encoders (uint8 only), or one for each encoder by its name."""
 SegmentIds = Int[Array, "b l"]

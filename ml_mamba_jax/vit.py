@@ -21,7 +21,6 @@ class ViTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], _: None) -> tuple[Float[Array, "b l d"], None]:
-        config = self.config
         x = x + self._scale("attention_scale", self._attention(self._norm("attention_norm")(x)))
         x = x + self._scale("mlp_scale", self._mlp(self._norm("mlp_norm")(x)))
         return x, None
@@ -65,21 +64,17 @@ class ViT(nn.Module):
         if pixels.shape[1:] != (size, size, 3):
             raise ValueError(
                 f"images[{config.name!r}]: got shape {tuple(pixels.shape)}, expected [b {size} {size} 3]; "
-                "prepare images with ml_mamba_jax.image.prepare_image"
+                "prepare images with ml_mamba_jax.image.prepare_images"
             )
         x = dense(config.width, (None, "embed"), name="patch_embed", dtype=self.dtype, kernel_init=_xavier)(
             _patches(normalise(pixels, config).astype(self.dtype), config)
         )
         embedding_init = nn.initializers.normal(config.width**-0.5)
-        position = self.param(
-            "pos_embed", with_axes(embedding_init, None, "embed"), (config.n_patches, config.width)
-        )
+        position = self.param("pos_embed", with_axes(embedding_init, None, "embed"), (config.n_patches, config.width))
         x = x + position[None].astype(self.dtype)
         n_prefix = int(config.class_token) + config.n_registers
         if n_prefix:
-            prefix = self.param(
-                "prefix_tokens", with_axes(embedding_init, None, "embed"), (n_prefix, config.width)
-            )
+            prefix = self.param("prefix_tokens", with_axes(embedding_init, None, "embed"), (n_prefix, config.width))
             prefix = jnp.broadcast_to(prefix.astype(self.dtype)[None], (x.shape[0], *prefix.shape))
             x = jnp.concatenate([prefix, x], axis=1)
         block = nn.remat(ViTBlock, prevent_cse=False) if self.remat else ViTBlock

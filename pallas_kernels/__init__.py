@@ -1,7 +1,7 @@
 """Kernels of Mamba-2 for JAX: the SSD scan, 2D visual scans, the causal convolution and the gated norm around them.
 
-Each function has several backends and picks the fastest that supports its arguments on this device; `explain` says which and
-why. Depends on jax only.
+Each function has several backends and picks the fastest that supports its arguments on this device; `explain` says
+which and why. Depends on jax only.
 
 Axis letters: b batch, l tokens, h heads, p head width, n state size, g groups, k scan directions, w convolution width,
 c channels.
@@ -20,8 +20,8 @@ OPS = {op.name: op for op in (SSD, SSD_STEP, CAUSAL_CONV1D, GATED_RMS_NORM, VISU
 def explain(op: str, *args, **kwargs) -> Explanation:
     """Which backend `op` would run for these arguments on this machine, and why not the others.
 
-    The arguments are those of the op; arrays or `jax.ShapeDtypeStruct`s will do. Without any, only the device and the imports
-    are judged. Print the result.
+    The arguments are those of the op; arrays or `jax.ShapeDtypeStruct`s will do. Without any, only the device and the
+    imports are judged. Print the result.
 
     Raises:
         ValueError: no op of that name.

@@ -1,14 +1,16 @@
 """The one place that chooses a backend for a kernel, and that can explain the choice.
 
-A kernel ("op") is a public function with several backends: `reference` (the recurrence, token by token), `xla` (chunked, runs
-everywhere), and hand-written kernels for particular devices. A backend is a module that holds a function named after the op and,
-when it cannot take every argument, a function `why_not_<op>` with the same signature that returns the reason in one line.
+A kernel ("op") is a public function with several backends: `reference` (the recurrence, token by token), `xla`
+(chunked, runs everywhere), and hand-written kernels for particular devices. A backend is a module that holds a
+function named after the op and, when it cannot take every argument, a function `why_not_<op>` with the same signature
+that returns the reason in one line.
 
 Who runs is decided while tracing:
 
-* `implementation=None`: the first of `PREFERENCE[platform]` that can be imported, runs on the default device, and takes the
-  arguments.
-* a name: that backend or an error. It does not ask which devices are present, so it also lowers with `jax.export` elsewhere.
+* `implementation=None`: the first of `PREFERENCE[platform]` that can be imported, runs on the default device, and
+  takes the arguments.
+* a name: that backend or an error. It does not ask which devices are present, so it also lowers with `jax.export`
+  elsewhere.
 * a tuple of names: the first that takes the arguments.
 
 `explain` returns the decision with the reason for every backend that was not chosen.
@@ -25,7 +27,7 @@ import jax
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton")
 
-# Fastest first. A kernel stands before `xla` only where it has been measured to win; `reference` is an oracle, never chosen.
+# Fastest first. A kernel stands before `xla` only where it was measured to win; `reference` is an oracle, never chosen.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("xla",),
     "gpu": ("pallas_gpu", "triton", "xla"),
@@ -43,7 +45,8 @@ def use_implementation(implementation: Implementation) -> Iterator[None]:
 
     The choice is made while tracing: a function that `jax.jit` compiled before keeps what it was compiled with.
     """
-    _check_names(_as_tuple(implementation))
+    if implementation is not None:
+        _as_names(implementation)
     token = _override.set(implementation)
     try:
         yield
@@ -94,16 +97,17 @@ class Op:
     def explain(self, *args, implementation: Implementation = None, **kwargs) -> Explanation:
         """What `choose` would do, as a value. Without arguments only the device and the imports are judged."""
         chosen, reasons = self._decide(implementation, args, kwargs)
+        automatic = _asked_for(implementation) is None
         for name in IMPLEMENTATIONS:
             if name != chosen and name not in reasons:
-                reasons[name] = self._why_not(name, args, kwargs, automatic=True) or self._why_not_preferred(name, chosen)
+                reason = self._why_not(name, args, kwargs, automatic=True)
+                reasons[name] = reason or _why_passed_over(name, chosen, automatic)
         return Explanation(self.name, jax.default_backend(), chosen, reasons)
 
     def _decide(self, implementation: Implementation, args: tuple, kwargs: dict) -> tuple[str | None, dict[str, str]]:
-        implementation = _override.get() if implementation is None else implementation
-        automatic = implementation is None
-        candidates = PREFERENCE.get(jax.default_backend(), ("xla",)) if automatic else _as_tuple(implementation)
-        _check_names(candidates)
+        asked_for = _asked_for(implementation)
+        automatic = asked_for is None
+        candidates = PREFERENCE.get(jax.default_backend(), ("xla",)) if automatic else _as_names(asked_for)
         reasons = {}
         for name in candidates:
             reason = self._why_not(name, args, kwargs, automatic)
@@ -125,11 +129,6 @@ class Op:
             return None
         return _call_if_present(module, f"why_not_{self.name}", *args, **kwargs)
 
-    def _why_not_preferred(self, name: str, chosen: str | None) -> str:
-        if name == "reference":
-            return "it is the oracle of the tests, never chosen automatically"
-        return f"it would run; {chosen} is preferred on {jax.default_backend()}"
-
     def _module(self, name: str) -> ModuleType:
         return importlib.import_module(f"{self.package}.{name}")
 
@@ -139,13 +138,21 @@ def _call_if_present(module: ModuleType, function: str, *args, **kwargs) -> str 
     return found(*args, **kwargs) if found else None
 
 
-def _as_tuple(implementation: Implementation) -> tuple[str, ...]:
-    if implementation is None:
-        return ()
-    return (implementation,) if isinstance(implementation, str) else tuple(implementation)
+def _why_passed_over(name: str, chosen: str | None, automatic: bool) -> str:
+    if not automatic:
+        return "it would run, but was not asked for"
+    if name == "reference":
+        return "it is the oracle of the tests, never chosen automatically"
+    return f"it would run, but {chosen} is preferred on {jax.default_backend()}"
 
 
-def _check_names(names: Sequence[str]) -> None:
-    for name in names:
+def _asked_for(implementation: Implementation) -> Implementation:
+    return _override.get() if implementation is None else implementation
+
+
+def _as_names(implementation: str | Sequence[str]) -> tuple[str, ...]:
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    for name in names or ("",):
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"implementation: got {name!r}, expected one of {', '.join(IMPLEMENTATIONS)}")
+    return names

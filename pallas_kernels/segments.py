@@ -1,13 +1,16 @@
 """Packed sequences: what `segment_ids` mean, in one place for every kernel.
 
-A row of tokens may hold several sequences one after the other. `segment_ids` [b l] names the sequence each token belongs to:
+A row of tokens may hold several sequences one after the other. `segment_ids` [b l] names the sequence each token
+belongs to:
 
-* where the id differs from that of the last real token, a new sequence starts: state and convolution window begin empty;
+* where the id differs from that of the last real token, a new sequence starts: state and convolution window begin
+  empty;
 * a negative id marks padding: such a token changes no state, its output is zero, and it starts nothing;
-* an initial state belongs to the first sequence of its row, and the final state is the one after the last real token of the row.
+* an initial state belongs to the first sequence of its row, and the final state is the one after the last real token
+  of the row.
 
-Padding may stand anywhere, but a convolution window that reaches back over padding reads zeros there, so rows that continue from
-an initial state are padded on the right.
+Padding may stand anywhere, but a convolution window that reaches back over padding reads zeros there, so rows that
+continue from an initial state are padded on the right.
 """
 
 from typing import NamedTuple

@@ -20,7 +20,7 @@ from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.prompt import IMAGE_MARK, Turn
 
-MAX_TURNS = 2
+MAX_TURNS = 4
 """Questions about one training scene in one conversation."""
 
 

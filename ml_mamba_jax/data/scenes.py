@@ -14,6 +14,8 @@ from ml_mamba_jax.errors import InputError
 
 SIDE = 64
 """Pixels of a scene's side."""
+SMALLEST = 0.7
+"""Size of the smallest digits, as a part of their cell."""
 HELD_OUT = 0.2
 """Part of the digits, the same of each class, that only held-out scenes show."""
 
@@ -70,10 +72,10 @@ def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def scenes(digits: Digits, members: np.ndarray, n_scenes: int, seed: int) -> Iterator[Scene]:
-    """`n_scenes` scenes of the digits with indices `members`, half of them single digits, half grids of four."""
+    """`n_scenes` scenes of the digits with indices `members`: every third a single digit, the others grids of four."""
     rng = np.random.default_rng(seed)
     for i in range(n_scenes):
-        chosen = rng.choice(members, size=1 if i % 2 == 0 else 4)
+        chosen = rng.choice(members, size=1 if i % 3 == 0 else 4)
         labels = digits.labels[chosen]
         picture = _draw(digits.images[chosen], rng)
         questions = _about_one(labels[0], rng) if len(chosen) == 1 else _about_four(labels, rng)
@@ -83,22 +85,25 @@ def scenes(digits: Digits, members: np.ndarray, n_scenes: int, seed: int) -> Ite
 def _about_one(label: int, rng: np.random.Generator) -> tuple[Question, ...]:
     return (
         Question("single_digit", _pick(_SINGLE, rng), str(label)),
-        Question("parity", _pick(_PARITY, rng), _yes_or_no(label % 2 == 0)),
+        Question("parity", _pick(_PARITY, rng), "Yes" if label % 2 == 0 else "No"),
+        *_about_presence(np.asarray([label]), rng),
     )
 
 
 def _about_four(labels: np.ndarray, rng: np.random.Generator) -> tuple[Question, ...]:
-    """One question for each corner, and two about presence: of a digit that is there, and of one that is not."""
     positions = [
         Question("position", _pick(_POSITION, rng).format(corner), str(label))
         for corner, label in zip(CORNERS, labels, strict=True)
     ]
-    present, absent = rng.choice(labels), rng.choice(np.setdiff1d(np.arange(10), labels))
-    presences = [
-        Question("presence", _pick(_PRESENCE, rng).format(WORDS[label]), answer)
-        for label, answer in ((present, "Yes"), (absent, "No"))
-    ]
-    return (*positions, *presences)
+    return (*positions, *_about_presence(labels, rng))
+
+
+def _about_presence(labels: np.ndarray, rng: np.random.Generator) -> tuple[Question, ...]:
+    """Two questions: about a digit that is there, and about one that is not."""
+    asked = {"Yes": rng.choice(labels), "No": rng.choice(np.setdiff1d(np.arange(10), labels))}
+    return tuple(
+        Question("presence", _pick(_PRESENCE, rng).format(WORDS[label]), answer) for answer, label in asked.items()
+    )
 
 
 def _draw(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -109,7 +114,7 @@ def _draw(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     cell = SIDE // per_side
     canvas = Image.new("L", (SIDE, SIDE))
     for i, image in enumerate(images):
-        size = round(cell * rng.uniform(0.8, 1.0))
+        size = round(cell * rng.uniform(SMALLEST, 1.0))
         digit = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
         digit = digit.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
         row, column = divmod(i, per_side)
@@ -128,7 +133,3 @@ def _encode_png(picture: np.ndarray) -> bytes:
 
 def _pick(texts: tuple[str, ...], rng: np.random.Generator) -> str:
     return texts[rng.integers(len(texts))]
-
-
-def _yes_or_no(truth: bool) -> str:
-    return "Yes" if truth else "No"

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.causal_conv1d.reference import causal_conv1d_step as causal_conv1d_step  # one token has only one form
+from pallas_kernels.causal_conv1d import reference
 from pallas_kernels.segments import number_segments
 
 
@@ -44,3 +44,6 @@ def causal_conv1d(
         same = jnp.take_along_axis(index, window, axis=1) == segments.index[:, -1:]
         final = jnp.where(same[..., None], final, 0)
     return (y, final.astype(initial_state.dtype)) if return_final_state else y
+
+
+causal_conv1d_step = reference.causal_conv1d_step  # one token has only one form

@@ -21,8 +21,8 @@ def gated_rms_norm(
 ) -> Float[Array, "*b c"]:
     """rms_norm(x * silu(z)) * weight, or with `norm_before_gate` rms_norm(x) * weight * silu(z).
 
-    The mean square runs over groups of `group_size` neighbouring channels (default: all). Computed in float32, returned in the
-    dtype of x.
+    The mean square runs over groups of `group_size` neighbouring channels (default: all). Computed in float32,
+    returned in the dtype of x.
 
     Raises:
         ValueError: shapes that do not fit together.

@@ -1,4 +1,7 @@
-"""Gated RMS norm, written as its definition: the oracle of every other backend. float32, or float64 when x is float64."""
+"""Gated RMS norm, written as its definition: the oracle of every other backend.
+
+Computed in float32, or in float64 when x is float64.
+"""
 
 import jax
 import jax.numpy as jnp

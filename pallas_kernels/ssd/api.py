@@ -5,7 +5,7 @@ from jax.lax import PrecisionLike
 from jaxtyping import Float, Int
 
 from pallas_kernels.dispatch import Implementation, Op
-from pallas_kernels.shapes import check_divides, check_shape
+from pallas_kernels.shapes import check_divides, check_rank, check_shape
 
 SSD = Op("ssd", "pallas_kernels.ssd", ("reference", "xla"))
 SSD_STEP = Op("ssd_step", "pallas_kernels.ssd", ("reference", "xla"))
@@ -47,12 +47,13 @@ def ssd(
         implementation: see `pallas_kernels.dispatch`.
 
     Returns:
-        y [b l h p] in the dtype of x, and with `return_final_state` the float32 state [b h p n] after the last real token.
+        y [b l h p] in the dtype of x, and with `return_final_state` the float32 state [b h p n] after the last real
+        token.
 
     Raises:
         ValueError: shapes that do not fit together. ExceptionGroup: no backend of `implementation` takes the arguments.
     """
-    _check(x, dt, A, B, C, D, z, dt_bias, initial_state, (*x.shape[:2],))
+    _check("b l", x, dt, A, B, C, D, z, dt_bias, {"initial_state": initial_state})
     if segment_ids is not None:
         check_shape("segment_ids", segment_ids, "b l", x.shape[:2])
     if chunk_size is not None and chunk_size < 1:
@@ -93,7 +94,7 @@ def ssd_step(
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
     """One token of `ssd`: returns (y, next state). The state keeps its dtype; the arithmetic is float32."""
-    _check(x, dt, A, B, C, D, z, dt_bias, state, x.shape[:1])
+    _check("b", x, dt, A, B, C, D, z, dt_bias, {"state": state})
     return SSD_STEP(
         implementation,
         state,
@@ -110,10 +111,12 @@ def ssd_step(
     )
 
 
-def _check(x, dt, A, B, C, D, z, dt_bias, state, leading):
-    *_, heads, head_dim = x.shape
+def _check(axes, x, dt, A, B, C, D, z, dt_bias, named_state):
+    """`axes` are the letters of the leading axes: "b l" for a sequence, "b" for one token."""
+    check_rank("x", x, f"{axes} h p")
+    check_rank("B", B, f"{axes} g n")
+    *leading, heads, head_dim = x.shape
     *_, groups, state_size = B.shape
-    axes = "b l" if len(leading) == 2 else "b"
     if 0 in leading:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one sequence of at least one token")
     check_shape("dt", dt, f"{axes} h", (*leading, heads))
@@ -121,13 +124,12 @@ def _check(x, dt, A, B, C, D, z, dt_bias, state, leading):
     check_shape("B", B, f"{axes} g n", (*leading, groups, state_size))
     check_shape("C", C, f"{axes} g n", (*leading, groups, state_size))
     check_divides("groups", groups, "heads", heads)
-    if D is not None and D.ndim == 1:
-        check_shape("D", D, "h", (heads,))
-    elif D is not None:
-        check_shape("D", D, "h p", (heads, head_dim))
+    if D is not None:
+        check_shape("D", D, "h" if D.ndim == 1 else "h p", (heads, head_dim)[: max(D.ndim, 1)])
     if z is not None:
         check_shape("z", z, f"{axes} h p", x.shape)
     if dt_bias is not None:
         check_shape("dt_bias", dt_bias, "h", (heads,))
-    if state is not None:
-        check_shape("state", state, "b h p n", (leading[0], heads, head_dim, state_size))
+    for name, state in named_state.items():
+        if state is not None:
+            check_shape(name, state, "b h p n", (leading[0], heads, head_dim, state_size))

@@ -59,9 +59,7 @@ def ssd(
     return (y, state) if return_final_state else y
 
 
-def ssd_step(
-    state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf"))
-):
+def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf"))):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     out_dtype, state_dtype, heads_per_group = x.dtype, state.dtype, x.shape[1] // B.shape[1]
     x, dt, A, B, C, state = (a.astype(dtype) for a in (x, dt, A, B, C, state))

@@ -8,7 +8,7 @@ from jax.lax import PrecisionLike
 from jaxtyping import Float
 
 from pallas_kernels.dispatch import Implementation, Op
-from pallas_kernels.shapes import check_divides, check_shape
+from pallas_kernels.shapes import check_divides, check_rank, check_shape
 from pallas_kernels.visual_scan.directions import DIRECTIONS
 
 VISUAL_SCAN = Op("visual_scan", "pallas_kernels.visual_scan", ("reference", "xla"))
@@ -34,10 +34,11 @@ def visual_scan(
     precision: PrecisionLike = None,
     implementation: Implementation = None,
 ) -> Float[Array, "b l h p"] | Float[Array, "k b l h p"]:
-    """Run the SSD over a row-major patch grid along k directions, each with parameters of its own, and merge the results.
+    """Run the SSD over a row-major patch grid along k directions, each with its own parameters, and merge them.
 
-    Every direction walks the same l = rows * columns patches in its own order (`DIRECTIONS`). With `conv_weight`, the channels
-    c = h p + 2 g n of [x | B | C] first pass a causal convolution with SiLU along the direction. The result is row-major again.
+    Every direction walks the same l = rows * columns patches in its own order (`DIRECTIONS`). With `conv_weight`, the
+    channels c = h p + 2 g n of [x | B | C] first pass a causal convolution with SiLU along the direction. The result
+    is row-major again.
 
     Args:
         grid: (rows, columns).
@@ -48,11 +49,17 @@ def visual_scan(
     Raises:
         ValueError: shapes that do not fit together, an unknown direction or merge.
     """
+    check_rank("x", x, "b l h p")
+    check_rank("B", B, "b l g n")
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     k = len(directions)
+    if not batch or not length:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one grid of at least one patch")
     if grid[0] * grid[1] != length:
         raise ValueError(f"grid: got {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches, expected l = {length}")
+    if not k:
+        raise ValueError(f"directions: got none, expected names from {', '.join(DIRECTIONS)}")
     for direction in directions:
         if direction not in DIRECTIONS:
             raise ValueError(f"directions: got {direction!r}, expected names from {', '.join(DIRECTIONS)}")
@@ -64,7 +71,7 @@ def visual_scan(
     check_shape("C", C, "b l g n", B.shape)
     check_divides("groups", groups, "heads", heads)
     if D is not None:
-        check_shape("D", D, "k h" if D.ndim == 2 else "k h p", (k, heads, head_dim)[: D.ndim])
+        check_shape("D", D, "k h" if D.ndim == 2 else "k h p", (k, heads, head_dim)[: max(D.ndim, 2)])
     if dt_bias is not None:
         check_shape("dt_bias", dt_bias, "k h", (k, heads))
     channels = heads * head_dim + 2 * groups * state_size
@@ -72,6 +79,10 @@ def visual_scan(
         check_shape("conv_weight", conv_weight, "k c w", (k, channels, conv_weight.shape[-1]))
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, "k c", (k, channels))
+        if conv_weight is None:
+            raise ValueError("conv_bias: got one without conv_weight, expected both or neither")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
     return VISUAL_SCAN(
         implementation,
         x,

@@ -15,24 +15,24 @@ def scan_order(direction: str, grid: tuple[int, int]) -> np.ndarray:
     return to_scan_order(np.arange(grid[0] * grid[1], dtype=np.int32), direction, grid, axis=0)
 
 
-def to_scan_order(a: Array, direction: str, grid: tuple[int, int], axis: int = 1) -> Array:
+def to_scan_order(a: Array | np.ndarray, direction: str, grid: tuple[int, int], axis: int = 1) -> Array | np.ndarray:
     """Reorder the row-major patch axis of `a` into the order of `direction`."""
     if direction.startswith("columns"):
         a = _swap_grid(a, grid, axis)
     return _reverse(a, axis) if direction.endswith("reversed") else a
 
 
-def from_scan_order(a: Array, direction: str, grid: tuple[int, int], axis: int = 1) -> Array:
+def from_scan_order(a: Array | np.ndarray, direction: str, grid: tuple[int, int], axis: int = 1) -> Array | np.ndarray:
     """The inverse of `to_scan_order`."""
     if direction.endswith("reversed"):
         a = _reverse(a, axis)
     return _swap_grid(a, grid[::-1], axis) if direction.startswith("columns") else a
 
 
-def _reverse(a: Array, axis: int) -> Array:
+def _reverse(a: Array | np.ndarray, axis: int) -> Array | np.ndarray:
     return a[(slice(None),) * axis + (slice(None, None, -1),)]
 
 
-def _swap_grid(a: Array, grid: tuple[int, int], axis: int) -> Array:
+def _swap_grid(a: Array | np.ndarray, grid: tuple[int, int], axis: int) -> Array | np.ndarray:
     shape = a.shape
     return a.reshape(*shape[:axis], *grid, *shape[axis + 1 :]).swapaxes(axis, axis + 1).reshape(shape)

@@ -29,7 +29,6 @@ def visual_scan(
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     k = len(directions)
-    options = dict(implementation="xla")
 
     def walk(a):
         """[b l ...] -> [b l k ...], each direction in its own order."""
@@ -41,7 +40,9 @@ def visual_scan(
         channels = walk(jnp.concatenate([a.reshape(batch, length, -1) for a in (x, B, C)], axis=-1))
         weight = conv_weight.reshape(-1, conv_weight.shape[-1])
         bias = None if conv_bias is None else conv_bias.reshape(-1)
-        channels = causal_conv1d(channels.reshape(batch, length, -1), weight, bias, activation="silu", **options)
+        channels = causal_conv1d(
+            channels.reshape(batch, length, -1), weight, bias, activation="silu", implementation="xla"
+        )
         inner, grouped = heads * head_dim, groups * state_size
         x, B, C = jnp.split(channels.reshape(batch, length, k, -1), (inner, inner + grouped), axis=-1)
 
@@ -57,7 +58,7 @@ def visual_scan(
         dt_limit=dt_limit,
         chunk_size=chunk_size,
         precision=precision,
-        **options,
+        implementation="xla",
     ).reshape(batch, length, k, heads, head_dim)
 
     by_direction = [from_scan_order(y[:, :, i], direction, grid) for i, direction in enumerate(directions)]

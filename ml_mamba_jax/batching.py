@@ -1,0 +1,74 @@
+"""Questions and images of several rows as arrays of one shape."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Int, UInt8
+
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.image import prepare_images, read_image
+from ml_mamba_jax.prompt import Turn, prompt, render
+from ml_mamba_jax.tokenizer import Tokenizer
+
+SHORTEST_BUCKET = 32
+"""Prompts are padded to this many tokens, or twice, four times ... as many: few lengths, hence few compilations."""
+
+
+def encode_turns(tokenizer: Tokenizer, turns: str | Sequence[Turn]) -> list[int]:
+    """Token ids of a question, or of a conversation that ends with one; each turn tokenised on its own, as in training.
+
+    Raises:
+        ValueError: turns that do not alternate or do not end with a question.
+    """
+    turns = [Turn("human", turns)] if isinstance(turns, str) else turns
+    prompt(turns)  # only for its checks
+    return [i for piece in render(turns) for i in tokenizer.encode(piece.text)]
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Array, "b l"], Int[Array, "b"]]:
+    """Rows of ids -> int32 tokens, padded on the right to the length of a bucket, and the lengths of the rows."""
+    longest, bucket = max(len(row) for row in rows), SHORTEST_BUCKET
+    while bucket < longest:
+        bucket *= 2
+    tokens = np.full((len(rows), bucket), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+def stack_images(
+    images: Sequence, config: MLMambaConfig
+) -> tuple[dict[str, UInt8[Array, "b y x 3"]] | None, Bool[Array, "b"] | None]:
+    """Images of a batch, None for a row without -> pixels by encoder name and the mask of rows with one.
+
+    (None, None) when no row has an image. Raises InputError for an image that cannot be read or that the model cannot
+    see.
+    """
+    if all(image is None for image in images):
+        return None, None
+    if not config.vision:
+        raise InputError("image: got one, but this model has no image encoders; ask without an image")
+    rows = [None if image is None else prepare_images(_decoded(image), config) for image in images]
+    shapes = {encoder.name: (encoder.image_size, encoder.image_size, 3) for encoder in config.vision}
+    pixels = {
+        name: jnp.asarray(np.stack([np.zeros(shape, np.uint8) if row is None else row[name] for row in rows]))
+        for name, shape in shapes.items()
+    }
+    return pixels, jnp.asarray([row is not None for row in rows])
+
+
+def _decoded(image):
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, np.ndarray | Array):
+        from PIL import Image
+
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+            raise InputError(f"image: got {pixels.dtype} {pixels.shape}, expected uint8 pixels [y x 3]")
+        return Image.fromarray(pixels)
+    return image

@@ -1,0 +1,124 @@
+"""What this machine has and which kernels it gets: `python -m ml_mamba_jax.info`."""
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+import ml_mamba_jax
+import pallas_kernels as pk
+from pallas_kernels.specs import SSD_SPECS, SSDSpec
+
+REQUIRED = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers", "pillow")
+OPTIONAL = (
+    "optax",
+    "grain",
+    "tensorflow-datasets",
+    "tyro",
+    "torch",
+    "transformers",
+    "safetensors",
+    "jax-triton",
+    "wandb",
+)
+
+CONV_WIDTH = 4
+IMAGE_GRID = (27, 27)
+
+
+def main() -> None:
+    print("\n\n".join([versions(), devices(), kernels()]))
+
+
+def versions() -> str:
+    """Python, this library, and the packages it uses."""
+    rows = [("python", platform.python_version()), ("ml-mamba-jax", ml_mamba_jax.__version__)]
+    rows += [(name, _version(name) or "missing") for name in REQUIRED]
+    rows += [(name, _version(name) or "not installed (optional)") for name in OPTIONAL]
+    return _section("versions", rows)
+
+
+def devices() -> str:
+    """The devices of the default backend."""
+    rows = [(f"{device.platform}:{device.id}", device.device_kind) for device in jax.devices()]
+    return _section(f"devices ({jax.default_backend()})", rows)
+
+
+def kernels() -> str:
+    """For each op and real shape which backend runs, and for each other backend the reason why not."""
+    rows = []
+    for op, shape, arguments in calls():
+        explanation = pk.explain(op, **arguments)
+        rows.append((op, shape, explanation.chosen or "none", "runs" if explanation.chosen else ""))
+        rows += [("", "", name, f"no: {reason}") for name, reason in explanation.reasons.items()]
+    return _section(f"kernels on {jax.default_backend()}", rows)
+
+
+def calls() -> list[tuple[str, str, dict]]:
+    """(op, shape in words, arguments by name) of a Mamba-2 2.7B layer at the lengths of `pallas_kernels.specs`."""
+    found = [("ssd", f"{name} {_shape(spec)}", spec.shapes()) for name, spec in SSD_SPECS.items()]
+    train, image = SSD_SPECS["train"], SSD_SPECS["image"]
+    found += [
+        ("ssd_step", f"decode b={train.b}", _step_arguments(train)),
+        ("causal_conv1d", f"train {_shape(train)}", _conv_arguments(train)),
+        ("gated_rms_norm", f"train {_shape(train)}", _norm_arguments(train)),
+        ("visual_scan", f"image {_shape(image)}", _visual_arguments(image)),
+    ]
+    return found
+
+
+def _step_arguments(spec: SSDSpec) -> dict:
+    one_token = {
+        name: a if name == "A" else jax.ShapeDtypeStruct((spec.b, *a.shape[2:]), a.dtype)
+        for name, a in spec.shapes().items()
+    }
+    return {"state": jax.ShapeDtypeStruct((spec.b, spec.h, spec.p, spec.n), jnp.float32), **one_token}
+
+
+def _conv_arguments(spec: SSDSpec) -> dict:
+    channels = spec.h * spec.p + 2 * spec.g * spec.n
+    return {
+        "x": jax.ShapeDtypeStruct((spec.b, spec.l, channels), spec.dtype),
+        "weight": jax.ShapeDtypeStruct((channels, CONV_WIDTH), jnp.float32),
+        "bias": jax.ShapeDtypeStruct((channels,), jnp.float32),
+        "activation": "silu",
+    }
+
+
+def _norm_arguments(spec: SSDSpec) -> dict:
+    x = jax.ShapeDtypeStruct((spec.b, spec.l, spec.h * spec.p), spec.dtype)
+    return {"x": x, "z": x, "weight": jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32), "eps": 1e-5}
+
+
+def _visual_arguments(spec: SSDSpec) -> dict:
+    directions = pk.DIRECTIONS[:2]
+    A = jax.ShapeDtypeStruct((len(directions), spec.h), jnp.float32)
+    return {**spec.shapes(), "A": A, "grid": IMAGE_GRID, "directions": directions}
+
+
+def _shape(spec: SSDSpec) -> str:
+    return f"b={spec.b} l={spec.l}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _section(title: str, rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in aligned columns under a title; the last column is not padded."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    lines = [
+        "  " + "  ".join([*(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)), row[-1]])
+        for row in rows
+    ]
+    return "\n".join([title, *(line.rstrip() for line in lines)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""What holds for every test: eight simulated CPU devices, no silent rank promotion, no accelerator unless asked for.
+
+Warnings are errors and array shapes are checked, both switched on in pyproject.toml.
+"""
+
+import os
+
+import pytest
+
+# Before JAX starts its backends, which happens at the first array.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+ACCELERATORS = ("gpu", "tpu")
+
+pytest.register_assert_rewrite("tests.kernels")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import jax
+
+    if not any(name in config.getoption("markexpr") for name in ACCELERATORS):
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that need an accelerator, unless `-m` names it."""
+    unasked = [name for name in ACCELERATORS if name not in config.getoption("markexpr")]
+    deselected = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]

@@ -1,0 +1,291 @@
+"""Generation against repeated full forward passes; batches against single rows; streams and chats against one shot."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ml_mamba_jax import batching
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.errors import InputError, NonFiniteError
+from ml_mamba_jax.generation import Chat, WholeCharacters, generate, generate_tokens, stream
+from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.prompt import Turn
+from ml_mamba_jax.sampling import Sampling
+from ml_mamba_jax.tokenizer import Tokenizer
+from tests import tiny_model
+from tests.tiny_model import MODEL, N_VISUAL, apply
+
+TOKENIZER = Tokenizer.train(["what is this? a cat, the cat sat"] * 3, 280)
+N_NEW = 10
+QUESTIONS = ["hi", "what is this?", "a cat?"]
+
+
+@functools.cache
+def weights() -> dict:
+    """Parameters whose answers depend on all that was read: large steps and gates let the state speak louder than the last token."""
+    params = tiny_model.params()
+    blocks = params["language"]["blocks"]
+    mixer = {
+        **blocks["mixer"],
+        "in_proj": {"kernel": 3 * blocks["mixer"]["in_proj"]["kernel"]},
+        "dt_bias": 3 + blocks["mixer"]["dt_bias"],
+    }
+    return {**params, "language": {**params["language"], "blocks": {**blocks, "mixer": mixer}}}
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (40, 28, 3), dtype=np.uint8)
+
+
+IMAGES = [picture(0), None, picture(2)]
+
+
+def written(prompts=QUESTIONS, images=IMAGES, params=None, stop_ids=(TOKENIZER.eos_id,), sampling=Sampling(), seed=0):  # noqa: B008
+    rows = [batching.encode_turns(TOKENIZER, prompt) for prompt in prompts]
+    tokens, counts, state = generate_tokens(
+        MODEL,
+        weights() if params is None else params,
+        *batching.pad_rows(rows, TOKENIZER.eos_id),
+        *batching.stack_images(images, MODEL.config),
+        jax.random.key(seed),
+        max_new_tokens=N_NEW,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        vocab_size=TOKENIZER.vocab_size,
+    )
+    return rows, np.asarray(tokens), np.asarray(counts), state
+
+
+def by_forward_passes(ids: list[int], image, n: int = N_NEW) -> list[int]:
+    """The likeliest token after everything so far, by a full forward pass for each; stops at the end of text."""
+    pixels, _ = batching.stack_images([image], MODEL.config)
+    new = []
+    while len(new) < n:
+        padded = np.zeros((1, 112), np.int32)  # later tokens do not matter to a causal model
+        padded[0, : len(ids) + len(new)] = ids + new
+        logits = apply(weights(), jnp.asarray(padded), images=pixels)
+        last = (0 if image is None else N_VISUAL) + len(ids) + len(new) - 1
+        token = int(np.argmax(logits[0, last, : TOKENIZER.vocab_size]))
+        if token == TOKENIZER.eos_id:
+            break
+        new.append(token)
+    return new
+
+
+def test_greedy_is_the_argmax_of_full_forward_passes():
+    rows, tokens, counts, _ = written()
+    assert tokens.shape == (3, N_NEW) and tokens.dtype == np.int32
+    for row, image, got, count in zip(rows, IMAGES, tokens, counts, strict=True):
+        assert got[:count].tolist() == by_forward_passes(row, image)
+    texts = generate(MODEL, weights(), TOKENIZER, QUESTIONS, IMAGES, max_new_tokens=N_NEW)
+    assert texts == [TOKENIZER.decode(t[:n]).strip() for t, n in zip(tokens, counts, strict=True)]
+    assert len(set(texts)) == 3  # different questions have different answers, or this test says little
+
+
+def test_a_batch_equals_its_rows_one_by_one():
+    together = generate(MODEL, weights(), TOKENIZER, QUESTIONS, IMAGES, max_new_tokens=N_NEW)
+    alone = [
+        generate(MODEL, weights(), TOKENIZER, [question], [image], max_new_tokens=N_NEW)[0]
+        for question, image in zip(QUESTIONS, IMAGES, strict=True)
+    ]
+    assert together == alone
+
+
+def test_the_image_matters_and_may_come_in_any_form(tmp_path):
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    forms = [IMAGES[0], Image.fromarray(IMAGES[0]), tmp_path / "a.png", str(tmp_path / "a.png")]
+    answers = {generate(MODEL, weights(), TOKENIZER, ["hi"], [form], max_new_tokens=N_NEW)[0] for form in forms}
+    assert len(answers) == 1
+    assert answers != {generate(MODEL, weights(), TOKENIZER, ["hi"], [picture(5)], max_new_tokens=N_NEW)[0]}
+
+
+def test_a_finished_row_stays_finished_and_the_others_go_on():
+    rows, free, _, _ = written(stop_ids=())
+    stop = int(free[0, 3])
+    expected = [row.tolist().index(stop) if stop in row else N_NEW for row in free]
+    assert expected[0] <= 3 and N_NEW in expected
+    _, tokens, counts, state = written(stop_ids=(stop,))
+    assert counts.tolist() == expected
+    for row, count in enumerate(counts):
+        np.testing.assert_array_equal(tokens[row, :count], free[row, :count])
+        assert not tokens[row, count:].any()
+        # The state is that after the last token that belongs to the answer.
+        pixels, _ = batching.stack_images([IMAGES[row]], MODEL.config)
+        read = jnp.asarray([rows[row] + tokens[row, :count].tolist()])
+        padded, lengths = batching.pad_rows(np.asarray(read).tolist(), 0)
+        padded = jnp.pad(padded, ((0, 0), (0, 112 - padded.shape[1])))
+        _, expected_state = apply(weights(), padded, images=pixels, lengths=lengths, method="prefill")
+        for a, b in zip(state, expected_state, strict=True):
+            np.testing.assert_allclose(a[:, row], b[:, 0], atol=3e-5, rtol=3e-5)
+
+
+def test_ids_that_no_token_has_are_never_chosen():
+    embedding = weights()["language"]["embedding"]
+    loud = {
+        **weights(),
+        "language": {**weights()["language"], "embedding": embedding.at[TOKENIZER.vocab_size :].multiply(99)},
+    }
+    rows, tokens, counts, _ = written(params=loud)
+    padded, lengths = batching.pad_rows(rows, 0)
+    logits, _ = apply(loud, padded, lengths=lengths, method="prefill")
+    assert (np.argmax(logits, axis=-1) >= TOKENIZER.vocab_size).all()  # they would be, without the mask
+    assert counts.sum() > 0 and tokens.max() < TOKENIZER.vocab_size
+    _, tokens, *_ = written(params=loud, sampling=Sampling(temperature=5.0), stop_ids=())
+    assert tokens.max() < TOKENIZER.vocab_size
+
+
+def test_seeds_repeat_and_differ():
+    hot = Sampling(temperature=5.0)
+    first, again, other = (written(sampling=hot, stop_ids=(), seed=seed)[1] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() > 0.5
+    assert len({tuple(row) for row in first}) == 3
+    assert (first[:, 1:] != first[:, :-1]).mean() > 0.5  # each position draws anew
+
+
+def test_another_prompt_length_compiles_nothing():
+    written(["hi"] * 3)
+    compiled = generate_tokens._cache_size()
+    written(["hi there", "what?", "no"])
+    assert generate_tokens._cache_size() == compiled
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=5.0)], ids=["greedy", "hot"])
+def test_a_stream_is_what_generate_returns(sampling):
+    options = {"max_new_tokens": N_NEW, "sampling": sampling, "seed": 3}
+    for question, image in zip(QUESTIONS[:2], IMAGES[:2], strict=True):
+        pieces = list(stream(MODEL, weights(), TOKENIZER, question, image, **options))
+        assert len(pieces) > 1 and all(pieces)
+        assert "".join(pieces) == generate(MODEL, weights(), TOKENIZER, [question], [image], **options)[0]
+
+
+TEXT = "naïve  日本語\n🙂 is 👩‍👩‍👧 é"
+
+
+def test_characters_of_several_bytes_are_emitted_whole_and_at_once():
+    by_byte = Tokenizer.train([], 257)
+    assert len(by_byte.encode(TEXT)) == len(TEXT.encode())
+    characters = WholeCharacters(by_byte)
+    pieces = [characters.push(i) for i in by_byte.encode(f" {TEXT}\n")]
+    assert "".join(pieces) == TEXT and characters.flush() == ""
+    assert len([piece for piece in pieces if piece]) == len("".join(TEXT.split()))
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=12))
+def test_pieces_join_to_the_decoded_text_for_any_tokens(ids):
+    characters = WholeCharacters(TOKENIZER)
+    pieces = [characters.push(i) for i in ids]
+    assert "".join([*pieces, characters.flush()]) == TOKENIZER.decode(ids).strip()
+
+
+def printable_params() -> dict:
+    """Parameters that answer in visible ASCII only, so that an answer and its text say the same: other tokens are faint."""
+    tokenizer = Tokenizer.train([], 257)
+    visible = np.zeros(512, bool)
+    visible[[i for c in range(33, 127) for i in tokenizer.encode(chr(c))]] = True
+    language = weights()["language"]
+    return {
+        **weights(),
+        "language": {**language, "embedding": language["embedding"] * np.where(visible, 1, 0.1)[:, None]},
+    }
+
+
+def test_a_chat_equals_the_conversation_from_scratch():
+    params, tokenizer = printable_params(), Tokenizer.train([], 257)
+    chat, turns, sizes = Chat(MODEL, params, tokenizer), [], []
+    for i, question in enumerate(["what is this?", "and then", "why so?"]):
+        image = IMAGES[0] if i == 0 else None
+        turns.append(Turn("human", question))
+        answer = chat.ask(question, image, max_new_tokens=5 + i)
+        scratch = generate(MODEL, params, tokenizer, [turns], [IMAGES[0]], max_new_tokens=5 + i)[0]
+        assert answer == scratch != ""
+        assert tokenizer.encode(answer) == chat.answer_ids and len(answer) == 5 + i
+        turns.append(Turn("gpt", answer))
+        assert chat.turns == turns
+        sizes.append(sum(a.nbytes for a in chat.state))
+    assert len(set(sizes)) == 1  # memory does not grow
+
+    # An answer that ends by itself, on a stop id, and one that is cut by the limit are followed by the same end of text.
+    stopped = Chat(MODEL, params, tokenizer)
+    stopped.ask("hi", IMAGES[0], max_new_tokens=4)
+    first = stopped.answer_ids
+    cut = Chat(MODEL, params, tokenizer)
+    cut.ask("hi", IMAGES[0], max_new_tokens=4, stop_ids=[first[3]])
+    kept = first.index(first[3])
+    assert cut.answer_ids == first[:kept]
+    turns = [*cut.turns, Turn("human", "go on")]
+    scratch = generate(MODEL, params, tokenizer, [turns], [IMAGES[0]], max_new_tokens=5)[0]
+    assert cut.ask("go on", max_new_tokens=5) == scratch
+
+
+def test_a_chat_streams_survives_an_abandoned_answer_and_resets():
+    params, tokenizer = printable_params(), Tokenizer.train([], 257)
+    chat = Chat(MODEL, params, tokenizer)
+    pieces = chat.stream("what is this?", IMAGES[0], max_new_tokens=8)
+    begun = next(pieces) + next(pieces)
+    pieces.close()
+    assert chat.turns == [Turn("human", "what is this?"), Turn("gpt", begun)]
+    with pytest.raises(InputError, match="image: got one in the middle of a conversation"):
+        chat.ask("and this?", IMAGES[0])
+    turns = [*chat.turns, Turn("human", "and then")]
+    scratch = generate(MODEL, params, tokenizer, [turns], [IMAGES[0]], max_new_tokens=6)[0]
+    assert "".join(chat.stream("and then", max_new_tokens=6)) == scratch
+    chat.reset()
+    assert chat.turns == [] and chat.state is None
+    alone = generate(MODEL, params, tokenizer, ["and then"], max_new_tokens=6)[0]
+    assert chat.ask("and then", max_new_tokens=6) == alone != scratch
+
+
+def test_every_turn_is_tokenised_on_its_own_and_padded_to_a_bucket():
+    turns = [Turn("human", "a cat"), Turn("gpt", "the cat"), Turn("human", "sat")]
+    pieces = ["<|user|>\na cat<|endoftext|>\n<|assistant|>\n", "the cat<|endoftext|>"]
+    pieces.append("\n<|user|>\nsat<|endoftext|>\n<|assistant|>\n")
+    assert batching.encode_turns(TOKENIZER, turns) == [i for piece in pieces for i in TOKENIZER.encode(piece)]
+    assert batching.encode_turns(TOKENIZER, "a cat") == TOKENIZER.encode(pieces[0])
+    tokens, lengths = batching.pad_rows([[1, 2], [3] * 33], 9)
+    assert tokens.shape == (2, 64) and lengths.tolist() == [2, 33]
+    assert tokens[0].tolist() == [1, 2] + [9] * 62
+    assert batching.pad_rows([[1] * 32], 0)[0].shape == (1, 32)
+
+
+def test_input_that_cannot_be_answered_is_refused():
+    def ask(prompts, images=None, model=MODEL, tokenizer=TOKENIZER, **options):
+        generate(model, weights(), tokenizer, prompts, images, **options)
+
+    with pytest.raises(InputError, match=r"prompts: got one string, expected a list of questions; pass \[question\]"):
+        ask("what is this?")
+    with pytest.raises(InputError, match="got 2 prompts and 1 images"):
+        ask(["a", "b"], [None])
+    with pytest.raises(InputError, match="got 0 prompts"):
+        ask([])
+    with pytest.raises(InputError, match="max_new_tokens: got 0, expected at least 1"):
+        ask(["a"], max_new_tokens=0)
+    with pytest.raises(InputError, match=r"nowhere\.png: found no such image file"):
+        ask(["a"], ["nowhere.png"])
+    with pytest.raises(InputError, match=r"image: got float64 \(4, 4, 3\), expected uint8 pixels"):
+        ask(["a"], [np.zeros((4, 4, 3))])
+    with pytest.raises(InputError, match="image: got one, but this model has no image encoders"):
+        ask(["a"], [IMAGES[0]], model=MLMamba(MLMambaConfig(language=MODEL.config.language)))
+    with pytest.raises(ValueError, match="got a gpt turn last"):
+        ask([[Turn("human", "a"), Turn("gpt", "b")]])
+    small = MODEL.config.language.__class__(MODEL.config.language.mixer, n_layers=1, vocab_size=270)
+    with pytest.raises(
+        InputError, match=f"tokenizer: got {TOKENIZER.vocab_size} entries, expected at most the 270 of the model"
+    ):
+        ask(["a"], model=MLMamba(MLMambaConfig(language=small)))
+
+
+def test_nan_inside_the_model_is_an_error_and_not_an_answer():
+    embedding = weights()["language"]["embedding"].at[TOKENIZER.encode("h")[0]].set(jnp.nan)
+    broken = {**weights(), "language": {**weights()["language"], "embedding": embedding}}
+    with pytest.raises(NonFiniteError, match="got NaN or infinity inside the model"):
+        generate(MODEL, broken, TOKENIZER, QUESTIONS, IMAGES, max_new_tokens=N_NEW)
+    with pytest.raises(NonFiniteError):
+        list(stream(MODEL, broken, TOKENIZER, "hi", max_new_tokens=N_NEW))

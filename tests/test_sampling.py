@@ -1,0 +1,111 @@
+"""Sampling against its definition in numpy, by the tokens it allows and by how often it draws them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.sampling import Sampling, sample
+
+LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0, 2.5, -1.0, 0.5], np.float32)
+
+
+def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """What `sample` should draw from: temperature, then top-k, then top-p, one token at a time."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    kept = order[: sampling.top_k or len(p)]
+    total = sum(p[i] for i in kept)
+    nucleus, reached = [], 0.0
+    for i in kept:
+        if sampling.top_p is not None and reached >= sampling.top_p:
+            break
+        nucleus.append(i)
+        reached += p[i] / total
+    result = np.zeros_like(p)
+    result[nucleus] = p[nucleus]
+    return result / result.sum()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=3.0),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=1.0, top_k=2),
+        Sampling(temperature=1.0, top_k=100),
+        Sampling(temperature=1.0, top_p=0.6),
+        Sampling(temperature=1.0, top_p=1e-9),
+        Sampling(temperature=1.0, top_p=1.0),
+        Sampling(temperature=2.0, top_k=5, top_p=0.8),
+    ],
+    ids=str,
+)
+def test_frequencies_are_those_of_the_definition(sampling):
+    draws = 40_000
+    tokens = jax.jit(sample, static_argnums=2)(
+        jax.random.key(1), jnp.broadcast_to(jnp.asarray(LOGITS), (draws, len(LOGITS))), sampling
+    )
+    assert tokens.dtype == jnp.int32 and tokens.shape == (draws,)
+    expected = distribution(LOGITS, sampling)
+    frequencies = np.bincount(tokens, minlength=len(LOGITS)) / draws
+    assert not frequencies[expected == 0].any()
+    error = np.abs(frequencies - expected)
+    assert (error <= 4.5 * np.sqrt(expected * (1 - expected) / draws)).all(), (frequencies, expected)
+
+
+def test_combined_options_act_in_order():
+    # Top-k leaves {1, 3}; of these top-p measures the renormalised probabilities: 0.622 and 0.378.
+    logits = jnp.asarray(LOGITS)[None]
+    sampling = Sampling(temperature=1.0, top_k=2, top_p=0.62)
+    drawn = {int(sample(jax.random.key(i), logits, sampling)[0]) for i in range(40)}
+    assert drawn == {1}
+    drawn = {
+        int(sample(jax.random.key(i), logits, Sampling(temperature=1.0, top_k=2, top_p=0.63))[0]) for i in range(40)
+    }
+    assert drawn == {1, 3}  # of the equal 3 and 5, top-k keeps the lower id
+
+
+def test_greedy_takes_the_likeliest_whatever_the_key():
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((5, 30)), jnp.float32)
+    for seed in range(3):
+        tokens = sample(jax.random.key(seed), logits, Sampling())
+        assert tokens.dtype == jnp.int32
+        np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
+
+
+def test_tiny_temperature_becomes_greedy_without_overflow():
+    logits = jnp.asarray(LOGITS)[None] * 100
+    for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        assert sample(jax.random.key(0), logits, Sampling(temperature=1e-30, **options))[0] == 1
+
+
+def test_rows_draw_independently():
+    tokens = sample(jax.random.key(0), jnp.zeros((200, 50)), Sampling(temperature=1.0))
+    assert len(set(np.asarray(tokens).tolist())) > 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: got -1.0, expected a finite number, 0"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
+        ({"top_k": 0}, "top_k: got 0, expected at least 1"),
+        ({"top_p": 0.0}, "top_p: got 0.0, expected above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p: got 1.5"),
+        ({"top_p": float("nan")}, "top_p: got nan"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        Sampling(**options)
+
+
+def test_options_are_hashable_and_compare_by_value():
+    assert hash(Sampling(0.5, top_k=3)) == hash(Sampling(0.5, top_k=3)) and Sampling(0.5) != Sampling(0.6)
