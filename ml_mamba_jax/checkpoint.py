@@ -95,7 +95,9 @@ def write_model(folder: Path, config: MLMambaConfig, tokenizer: Tokenizer | None
         tokenizer.save(folder)
 
 
-def save(folder: Path, step: int, items: Mapping[str, Any], progress: Mapping[str, Any] | None = None, keep: int = 2) -> None:
+def save(
+    folder: Path, step: int, items: Mapping[str, Any], progress: Mapping[str, Any] | None = None, keep: int = 2
+) -> None:
     """Write a checkpoint: trees of arrays by name, and JSON values. Returns when it is on disk, whole and with its manifest.
 
     Older checkpoints beyond `keep` are deleted afterwards, never before.
@@ -148,7 +150,9 @@ def newest_step(folder: Path) -> int:
     """Raises CheckpointError for a folder without checkpoints."""
     found = steps(folder)
     if not found:
-        raise CheckpointError(f"{folder}: found no checkpoint, expected {STEPS_FOLDER}/<step>/{MANIFEST_FILE}; train or convert first")
+        raise CheckpointError(
+            f"{folder}: found no checkpoint, expected {STEPS_FOLDER}/<step>/{MANIFEST_FILE}; train or convert first"
+        )
     return found[-1]
 
 
@@ -176,7 +180,9 @@ def _verify(folder: Path, step: int) -> Path:
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         missing = [name for name in expected if not (step_folder / name).is_file()]
-        damaged = [name for name, digest in expected.items() if name not in missing and _digest(step_folder / name) != digest]
+        damaged = [
+            name for name, digest in expected.items() if name not in missing and _digest(step_folder / name) != digest
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: step {step}: the manifest is damaged; {advice}") from error
     if missing:

@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ml_mamba_jax.config import ConnectorConfig
-from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm
+from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, stack_layers
 from ml_mamba_jax.scan2d import ScanMixer
 from ml_mamba_jax.typing import Hidden
 
@@ -50,14 +50,7 @@ class ScanConnector(nn.Module):
     def __call__(self, features: Float[Array, "b l c"]) -> Hidden:
         width = self.config.mixer.d_model
         x = _gelu(dense(width, (None, "embed"), name="in_proj", dtype=self.dtype)(features))
-        block = nn.remat(ScanBlock, prevent_cse=False) if self.remat else ScanBlock
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.config.n_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        blocks = stack_layers(ScanBlock, self.config.n_layers, remat=self.remat)
         x, _ = blocks(self.config, self.grid, self.dtype, name="blocks")(x, None)
         x = layer_norm(self.config.norm_eps, name="norm", dtype=self.dtype)(x)
         return self._projector(x)

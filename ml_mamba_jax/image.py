@@ -23,14 +23,12 @@ def read_image(source: str | Path | bytes, name: str | None = None):
     """
     from PIL import Image, ImageOps
 
-    if isinstance(source, bytes):
-        name, stream = name or "image", io.BytesIO(source)
-    else:
-        name, stream = str(source), source
-        if not Path(source).is_file():
-            raise InputError(f"{name}: found no such image file")
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise InputError(f"{name}: found no such image file")
     try:
-        image = Image.open(stream, formats=FORMATS)
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise InputError(
                 f"{name}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; make the image smaller"
@@ -41,7 +39,9 @@ def read_image(source: str | Path | bytes, name: str | None = None):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         reason = "not an image of a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise InputError(f"{name}: cannot decode the image ({reason}); expected a whole {', '.join(FORMATS)} file") from error
+        raise InputError(
+            f"{name}: cannot decode the image ({reason}); expected a whole {', '.join(FORMATS)} file"
+        ) from error
 
 
 def prepare_images(image, config: MLMambaConfig) -> dict[str, np.ndarray]:
@@ -84,6 +84,8 @@ def _letterbox(image, encoder: ViTConfig):
 
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    padded = Image.new("RGB", (image.width + 2 * left, image.height + 2 * top), tuple(int(255 * m) for m in encoder.mean))
+    padded = Image.new(
+        "RGB", (image.width + 2 * left, image.height + 2 * top), tuple(int(255 * m) for m in encoder.mean)
+    )
     padded.paste(image, (left, top))
     return padded

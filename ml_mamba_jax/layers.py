@@ -60,3 +60,26 @@ def layer_norm(eps: float, *, name: str, dtype: jnp.dtype) -> nn.LayerNorm:
 def rms_norm(eps: float, *, name: str, dtype: jnp.dtype) -> nn.RMSNorm:
     """RMSNorm in float32."""
     return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=with_axes(nn.initializers.ones, "norm"), name=name)
+
+
+UNROLLED_LAYERS = 4
+"""A stack of at most so many layers becomes straight code: on CPU the backward pass of a loop takes about twice as long."""
+
+
+def stack_layers(block: type[nn.Module], n_layers: int, *, remat: bool, in_axes: Sequence = (0,)) -> type[nn.Module]:
+    """`n_layers` blocks one after the other as one module, every parameter with a first axis `layers`; compiled once.
+
+    Args:
+        block: its call takes and returns (carry, per-layer values).
+        remat: recompute each block in the backward pass instead of keeping its activations.
+        in_axes: of the arguments after the carry: 0 for one with an entry for each layer, `nn.broadcast` for the same in all.
+    """
+    return nn.scan(
+        nn.remat(block, prevent_cse=False) if remat else block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=tuple(in_axes),
+        length=n_layers,
+        unroll=n_layers if n_layers <= UNROLLED_LAYERS else 1,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 import pallas_kernels as pk
 from ml_mamba_jax.config import Mamba2Config, MixerConfig
-from ml_mamba_jax.layers import dense, rms_norm, uniform_fan_in, with_axes
+from ml_mamba_jax.layers import dense, rms_norm, stack_layers, uniform_fan_in, with_axes
 from ml_mamba_jax.state import MambaState
 from ml_mamba_jax.typing import Hidden, SegmentIds, Tokens
 
@@ -159,15 +159,8 @@ class Mamba2(nn.Module):
         self.embedding = self.param("embedding", embedding_init, (rows, width))
         if not config.tie_embeddings:
             self.head = self.param("head", with_axes(uniform_fan_in, "embed", "vocab"), (width, rows))
-        block = nn.remat(Mamba2Block, prevent_cse=False) if self.remat else Mamba2Block
-        self.blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=config.n_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.dtype)
+        blocks = stack_layers(Mamba2Block, config.n_layers, remat=self.remat, in_axes=(0, nn.broadcast))
+        self.blocks = blocks(config, self.dtype)
         self.norm = rms_norm(config.norm_eps, name="norm", dtype=self.dtype)
 
     def embed(self, tokens: Tokens) -> Hidden:

@@ -39,7 +39,9 @@ def render(turns: Sequence[Turn]) -> list[Piece]:
     for i, (role, text) in enumerate(turns):
         expected = ("human", "gpt")[i % 2]
         if role != expected:
-            raise ValueError(f"turn {i}: got role {role!r}, expected {expected!r} (human and gpt alternate, human first)")
+            raise ValueError(
+                f"turn {i}: got role {role!r}, expected {expected!r} (human and gpt alternate, human first)"
+            )
         text = text.replace(IMAGE_MARK, "").strip()
         if role == "human":
             start = "\n" if i else ""

@@ -81,7 +81,11 @@ def _build(annotation: Any, data: Any, name: str) -> Any:
         if len(of) != len(data):
             raise InputError(f"{name}: got {len(data)} values, expected {len(of)}")
         return tuple(_build(a, item, f"{name}[{i}]") for i, (a, item) in enumerate(zip(of, data, strict=True)))
-    if annotation is float and (isinstance(data, int | float) or data in ("inf", "-inf")) and not isinstance(data, bool):
+    if (
+        annotation is float
+        and (isinstance(data, int | float) or data in ("inf", "-inf"))
+        and not isinstance(data, bool)
+    ):
         return float(data)
     if annotation is Path and isinstance(data, str):
         return Path(data)

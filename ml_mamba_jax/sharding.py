@@ -43,7 +43,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise InputError(f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected positive sizes and at most one -1")
+        raise InputError(
+            f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected positive sizes and at most one -1"
+        )
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known

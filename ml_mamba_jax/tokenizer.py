@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import END_OF_TEXT
 
@@ -18,7 +17,9 @@ class Tokenizer:
         self.backend = backend
         eos_id = backend.token_to_id(END_OF_TEXT)
         if eos_id is None:
-            raise InputError(f"tokenizer: got a vocabulary without {END_OF_TEXT}, expected one that marks the end of a turn with it")
+            raise InputError(
+                f"tokenizer: got a vocabulary without {END_OF_TEXT}, expected one that marks the end of a turn with it"
+            )
         self.eos_id: int = eos_id
         """Id of `<|endoftext|>`; also pads."""
 
@@ -38,7 +39,9 @@ class Tokenizer:
             if path.is_file():
                 return cls(Backend.from_file(str(path)))
             if _looks_like_a_path(str(source)):
-                raise InputError(f"tokenizer: found no {path}, expected a {FILE_NAME}, a folder that holds one, or a hub id")
+                raise InputError(
+                    f"tokenizer: found no {path}, expected a {FILE_NAME}, a folder that holds one, or a hub id"
+                )
             return cls(Backend.from_pretrained(str(source)))
         except InputError:
             raise

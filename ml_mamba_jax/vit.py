@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ml_mamba_jax.config import ViTConfig
-from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, with_axes
+from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, stack_layers, with_axes
 from ml_mamba_jax.typing import Pixels
 
 _xavier = nn.initializers.xavier_uniform()
@@ -77,14 +77,7 @@ class ViT(nn.Module):
             prefix = self.param("prefix_tokens", with_axes(embedding_init, None, "embed"), (n_prefix, config.width))
             prefix = jnp.broadcast_to(prefix.astype(self.dtype)[None], (x.shape[0], *prefix.shape))
             x = jnp.concatenate([prefix, x], axis=1)
-        block = nn.remat(ViTBlock, prevent_cse=False) if self.remat else ViTBlock
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=config.depth - 1,  # the second-to-last block is the last that is needed
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        blocks = stack_layers(ViTBlock, config.depth - 1, remat=self.remat)  # the second-to-last block is the last needed
         x, _ = blocks(config, self.dtype, name="blocks")(x, None)
         return x[:, n_prefix:]
 

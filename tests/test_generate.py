@@ -28,13 +28,13 @@ QUESTIONS = ["hi", "what is this?", "a cat?"]
 
 @functools.cache
 def weights() -> dict:
-    """Parameters whose answers depend on all that was read: large steps and gates let the state speak louder than the last token."""
+    """Parameters whose answers depend on all that was read: open gates and a slow decay. Others hear the last token only."""
     params = tiny_model.params()
     blocks = params["language"]["blocks"]
     mixer = {
         **blocks["mixer"],
         "in_proj": {"kernel": 3 * blocks["mixer"]["in_proj"]["kernel"]},
-        "dt_bias": 3 + blocks["mixer"]["dt_bias"],
+        "A_log": blocks["mixer"]["A_log"] - 4,
     }
     return {**params, "language": {**params["language"], "blocks": {**blocks, "mixer": mixer}}}
 
@@ -84,7 +84,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes():
     for row, image, got, count in zip(rows, IMAGES, tokens, counts, strict=True):
         assert got[:count].tolist() == by_forward_passes(row, image)
     texts = generate(MODEL, weights(), TOKENIZER, QUESTIONS, IMAGES, max_new_tokens=N_NEW)
-    assert texts == [TOKENIZER.decode(t[:n]).strip() for t, n in zip(tokens, counts, strict=True)]
+    assert texts == [TOKENIZER.decode(t[:n].tolist()).strip() for t, n in zip(tokens, counts, strict=True)]
     assert len(set(texts)) == 3  # different questions have different answers, or this test says little
 
 
@@ -122,7 +122,7 @@ def test_a_finished_row_stays_finished_and_the_others_go_on():
         padded = jnp.pad(padded, ((0, 0), (0, 112 - padded.shape[1])))
         _, expected_state = apply(weights(), padded, images=pixels, lengths=lengths, method="prefill")
         for a, b in zip(state, expected_state, strict=True):
-            np.testing.assert_allclose(a[:, row], b[:, 0], atol=3e-5, rtol=3e-5)
+            np.testing.assert_allclose(a[:, row], b[:, 0], atol=1e-4 * np.abs(b).max())
 
 
 def test_ids_that_no_token_has_are_never_chosen():
@@ -186,7 +186,7 @@ def test_pieces_join_to_the_decoded_text_for_any_tokens(ids):
 
 
 def printable_params() -> dict:
-    """Parameters that answer in visible ASCII only, so that an answer and its text say the same: other tokens are faint."""
+    """Parameters that answer in visible ASCII only, so that it and its text say the same: other tokens are faint."""
     tokenizer = Tokenizer.train([], 257)
     visible = np.zeros(512, bool)
     visible[[i for c in range(33, 127) for i in tokenizer.encode(chr(c))]] = True

@@ -1,7 +1,7 @@
 """A record: one image and a conversation about it, in the form of LLaVA's data sets.
 
-    {"id": "000123", "image": "coco/000123.jpg",
-     "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}
+{"id": "000123", "image": "coco/000123.jpg",
+ "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}, ...]}
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,12 +29,16 @@ def parse_conversation(conversations: Any, name: str) -> tuple[Turn, ...]:
     if not isinstance(conversations, Sequence) or isinstance(conversations, str | bytes):
         raise InputError(f"{name}: conversations: got {type(conversations).__name__}, expected a list of turns")
     if not conversations:
-        raise InputError(f"{name}: conversations: got an empty list, expected a human turn and a gpt turn; remove the record")
+        raise InputError(
+            f"{name}: conversations: got an empty list, expected a human turn and a gpt turn; remove the record"
+        )
     turns = []
     for i, turn in enumerate(conversations):
         expected = ("human", "gpt")[i % 2]
         if not isinstance(turn, Mapping):
-            raise InputError(f"{name}: conversations[{i}]: got {type(turn).__name__}, expected an object with from and value")
+            raise InputError(
+                f"{name}: conversations[{i}]: got {type(turn).__name__}, expected an object with from and value"
+            )
         for field in ("from", "value"):
             if not isinstance(turn.get(field), str):
                 got = type(turn[field]).__name__ if field in turn else "nothing"
@@ -45,5 +49,7 @@ def parse_conversation(conversations: Any, name: str) -> tuple[Turn, ...]:
             )
         turns.append(Turn(turn["from"], turn["value"]))
     if len(turns) < 2:
-        raise InputError(f"{name}: conversations: got no gpt turn, expected an answer to learn; add one or remove the record")
+        raise InputError(
+            f"{name}: conversations: got no gpt turn, expected an answer to learn; add one or remove the record"
+        )
     return tuple(turns)

@@ -1,7 +1,8 @@
 """Scenes of real handwritten digits, with questions and answers about them.
 
 The digits are the 1,797 of the UCI set "Optical Recognition of Handwritten Digits" (8 x 8 pixels, 16 grey levels) that ships inside
-scikit-learn. A scene shows one of them, or a grid of four. Held-out scenes are drawn from digits that no training scene contains.
+scikit-learn. A scene shows one to four of them in the corners of a grid. Held-out scenes are drawn from digits that no training
+scene contains.
 """
 
 import io
@@ -14,7 +15,7 @@ from ml_mamba_jax.errors import InputError
 
 SIDE = 64
 """Pixels of a scene's side."""
-SMALLEST = 0.7
+SMALLEST = 0.8
 """Size of the smallest digits, as a part of their cell."""
 HELD_OUT = 0.2
 """Part of the digits, the same of each class, that only held-out scenes show."""
@@ -43,10 +44,11 @@ class Question(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """`png` is the encoded picture, `digits` the indices of its digits in the set."""
+    """`png` is the encoded picture, `digits` the indices of its digits in the set, `corners` where they stand in `CORNERS`."""
 
     png: bytes
     digits: tuple[int, ...]
+    corners: tuple[int, ...]
     questions: tuple[Question, ...]
 
 
@@ -72,28 +74,31 @@ def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def scenes(digits: Digits, members: np.ndarray, n_scenes: int, seed: int) -> Iterator[Scene]:
-    """`n_scenes` scenes of the digits with indices `members`: every third a single digit, the others grids of four."""
+    """`n_scenes` scenes of the digits with indices `members`; one, two, three and four digits take turns."""
     rng = np.random.default_rng(seed)
     for i in range(n_scenes):
-        chosen = rng.choice(members, size=1 if i % 3 == 0 else 4)
+        n_digits = 1 + i % len(CORNERS)
+        chosen = rng.choice(members, n_digits)
+        corners = np.sort(rng.permutation(len(CORNERS))[:n_digits])
         labels = digits.labels[chosen]
-        picture = _draw(digits.images[chosen], rng)
-        questions = _about_one(labels[0], rng) if len(chosen) == 1 else _about_four(labels, rng)
-        yield Scene(_encode_png(picture), tuple(chosen.tolist()), questions)
+        questions = _about_one(labels, rng) if n_digits == 1 else _about_several(labels, corners, rng)
+        png = _encode_png(_draw(digits.images[chosen], corners, rng))
+        yield Scene(png, tuple(chosen.tolist()), tuple(corners.tolist()), questions)
 
 
-def _about_one(label: int, rng: np.random.Generator) -> tuple[Question, ...]:
+def _about_one(labels: np.ndarray, rng: np.random.Generator) -> tuple[Question, ...]:
+    (label,) = labels
     return (
         Question("single_digit", _pick(_SINGLE, rng), str(label)),
         Question("parity", _pick(_PARITY, rng), "Yes" if label % 2 == 0 else "No"),
-        *_about_presence(np.asarray([label]), rng),
+        *_about_presence(labels, rng),
     )
 
 
-def _about_four(labels: np.ndarray, rng: np.random.Generator) -> tuple[Question, ...]:
+def _about_several(labels: np.ndarray, corners: np.ndarray, rng: np.random.Generator) -> tuple[Question, ...]:
     positions = [
-        Question("position", _pick(_POSITION, rng).format(corner), str(label))
-        for corner, label in zip(CORNERS, labels, strict=True)
+        Question("position", _pick(_POSITION, rng).format(CORNERS[corner]), str(label))
+        for corner, label in zip(corners, labels, strict=True)
     ]
     return (*positions, *_about_presence(labels, rng))
 
@@ -106,20 +111,19 @@ def _about_presence(labels: np.ndarray, rng: np.random.Generator) -> tuple[Quest
     )
 
 
-def _draw(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """uint8 [SIDE SIDE]: digits in the cells of a square grid, each a little shifted, scaled and turned."""
+def _draw(images: np.ndarray, corners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [SIDE SIDE]: digits in cells of a 2 x 2 grid, each a little shifted, scaled and turned."""
     from PIL import Image
 
-    per_side = round(len(images) ** 0.5)
-    cell = SIDE // per_side
+    cell = SIDE // 2
     canvas = Image.new("L", (SIDE, SIDE))
-    for i, image in enumerate(images):
+    for image, corner in zip(images, corners, strict=True):
         size = round(cell * rng.uniform(SMALLEST, 1.0))
         digit = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
         digit = digit.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
-        row, column = divmod(i, per_side)
-        left, top = (start * cell + rng.integers(cell - size + 1) for start in (column, row))
-        canvas.paste(digit, (int(left), int(top)))
+        row, column = divmod(int(corner), 2)
+        left, top = (start * cell + int(rng.integers(cell - size + 1)) for start in (column, row))
+        canvas.paste(digit, (left, top))
     return np.asarray(canvas)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ml_mamba_jax.data.records import Record, parse_conversation
+from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.prompt import Turn
 
 
@@ -17,6 +17,8 @@ class RecordSource(Sequence[Record]):
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self}: got index {index}")
         example = self._examples[index]
         turns = example["conversations"]
         return Record(

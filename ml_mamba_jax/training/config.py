@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,28 @@ class TrainConfig:
     """Questions answered at a time in the evaluation."""
     runs: Path = Path("runs")
     """The run's folder is made in here."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run's folder, or start where there is none."""
+
+
+def check(config: TrainConfig) -> None:
+    """Raise InputError for numbers that no run can have."""
+    at_least_one = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "micro_batches": config.micro_batches,
+        "log_every": config.log_every,
+        "save_every": config.save_every,
+        "keep": config.keep,
+        "eval_batch_size": config.eval_batch_size,
+        "data.max_tokens": config.data.max_tokens,
+    }
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise InputError(f"{name}: got {value}, expected at least 1")
+    if not config.optim.peak_lr > 0:
+        raise InputError(f"optim.peak_lr: got {config.optim.peak_lr}, expected more than 0")
+    if not 0 <= config.optim.warmup < 1:
+        raise InputError(f"optim.warmup: got {config.optim.warmup}, expected a part of the steps, from 0 to below 1")
+    if Path(config.name).name != config.name or not config.name:
+        raise InputError(f"name: got {config.name!r}, expected the name of a folder")

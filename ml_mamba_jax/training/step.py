@@ -39,10 +39,10 @@ def abstract_state(model: MLMamba, optimizer: optax.GradientTransformation, mesh
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
-def make_train_step(
-    model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh, micro_batches: int = 1
-):
+def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh, micro_batches: int = 1):
     """A jitted function (state, batch) -> (state, metrics) that takes the old state's memory.
+
+    A loss or gradient that is not finite leaves the state as it was.
 
     Metrics are float32 scalars: `loss`, the mean over target tokens; `gradient_norm` before clipping; `targets`, their number;
     `finite`, whether loss and gradient are.
@@ -53,10 +53,11 @@ def make_train_step(
         loss, gradient, targets = mean_loss_and_gradient(model, state.params, batch, micro_batches)
         norm = optax.global_norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "gradient_norm": norm, "targets": targets}
-        metrics["finite"] = (jnp.isfinite(loss) & jnp.isfinite(norm)).astype(jnp.float32)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        following = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, state)
+        metrics = {"loss": loss, "gradient_norm": norm, "targets": targets, "finite": finite.astype(jnp.float32)}
+        return state, metrics
 
     return jax.jit(
         train_step,

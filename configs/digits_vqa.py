@@ -1,0 +1,19 @@
+"""A whole ML-Mamba in small learns to answer questions about scenes of real handwritten digits.
+
+    python train.py digits-vqa
+
+All parts are trained at once from random weights; the scenes and the tokenizer need no download.
+"""
+
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.training.config import DataConfig, OptimConfig, TrainConfig
+
+DIGITS_VQA = TrainConfig(
+    name="digits-vqa",
+    model=MLMambaConfig.named("tiny"),
+    data=DataConfig(train_scenes=16_000, test_scenes=400, max_tokens=88),
+    optim=OptimConfig(peak_lr=1e-3, warmup=0.1, b2=0.99, weight_decay=0.01),
+    steps=2000,
+    batch_size=32,
+    save_every=500,
+)
