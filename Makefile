@@ -11,7 +11,6 @@ TRAIN_ARGS ?= --resume
 
 PRESET := digits-vqa
 RUN := runs/$(PRESET)
-QUESTION := Which digit is at the top left?
 
 bin := $(VENV)/bin
 stamps := $(VENV)/.installed
@@ -33,8 +32,8 @@ help: ## list the targets
 demo: $(stamps)/demo$(suffix) ## train a small ML-Mamba on handwritten digits, then ask it about a picture
 	@$(bin)/python train.py $(PRESET) $(TRAIN_ARGS)
 	@echo
-	@echo "$(RUN)/example.png: $(QUESTION)"
-	@$(bin)/python -m ml_mamba_jax.chat $(RUN) --image $(RUN)/example.png --prompt "$(QUESTION)"
+	@echo "$(RUN)/example.png: $$(cat $(RUN)/example.txt)"
+	@$(bin)/python -m ml_mamba_jax.chat $(RUN) --image $(RUN)/example.png --prompt "$$(cat $(RUN)/example.txt)"
 	@echo
 	@echo "Look next at $(RUN)/samples.png, $(RUN)/loss.png and $(RUN)/eval.json. Ask it more:"
 	@echo "  $(bin)/python -m ml_mamba_jax.chat $(RUN) --image $(RUN)/example.png"

@@ -1,7 +1,7 @@
 """Train a recipe of `configs/`: python train.py PRESET [--field value ...]
 
 Reads top to bottom: recipe -> data -> model on a mesh -> state, new or resumed -> loop -> evaluation. Everything is written to
-`runs/NAME`: config, tokenizer, checkpoints, metrics.jsonl, loss.png, eval.json, samples.png.
+`runs/NAME`: config, tokenizer, checkpoints, metrics.jsonl, loss.png, eval.json, samples.png, and an example to chat about.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ml_mamba_jax.errors import CheckpointError, InputError, NonFiniteError, one
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.names import unknown
-from ml_mamba_jax.prompt import render
+from ml_mamba_jax.prompt import IMAGE_MARK, render
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals, plots
 from ml_mamba_jax.training.config import TrainConfig, check
@@ -154,9 +154,10 @@ def evaluate(
         folder / "eval.json", json.dumps({kind: s._asdict() for kind, s in scores.items()}, indent=2) + "\n"
     )
     plots.answer_grid(answers, folder / "samples.png")
-    most_said = max(source, key=lambda record: record.kind == "position")
-    if most_said.image is not None:
-        read_image(most_said.image).save(folder / "example.png")
+    example = max(answers, key=lambda item: len(item.record.image or b""))  # of all pictures the one with most to see
+    if example.record.image is not None:
+        read_image(example.record.image).save(folder / "example.png")
+        serialize.write_text(folder / "example.txt", example.question.replace(IMAGE_MARK, "").strip() + "\n")
     print(f"{evals.table(scores)}\n({time.perf_counter() - started:.0f} s)", flush=True)
 
 

@@ -38,8 +38,9 @@ def sample(key: Array, logits: Float[Array, "b v"], sampling: Sampling) -> Int[A
     """One token of each row, int32 [b]. Rows draw independently; `key` is not used when `sampling` is greedy."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Relative to the largest, so that a tiny temperature cannot overflow.
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
+    # Relative to the largest, so that a tiny temperature cannot overflow; nor may it become a zero of float32.
+    temperature = max(sampling.temperature, float(jnp.finfo(logits.dtype).tiny))
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     top_p = 1.0 if sampling.top_p is None else sampling.top_p
     if sampling.top_k is None and top_p == 1:
         return jax.random.categorical(key, logits).astype(jnp.int32)

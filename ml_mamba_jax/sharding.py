@@ -51,7 +51,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
         sizes[sizes.index(-1)] = len(devices) // known
     if int(np.prod(sizes)) != len(devices):
         raise InputError(
-            f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected a product of {len(devices)}, the number of devices"
+            f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
+            f"expected a product of {len(devices)}, the number of devices"
         )
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -86,7 +87,8 @@ def param_shardings(model: MLMamba, mesh: Mesh) -> dict:
     shardings = jax.tree_util.tree_map_with_path(place, shapes, logical_axes(model))
     if problems:
         raise InputError(
-            f"mesh: got {dict(mesh.shape)}, which does not divide {len(problems)} axes; choose other sizes: {'; '.join(problems[:5])}"
+            f"mesh: got {dict(mesh.shape)}, which does not divide {len(problems)} axes; "
+            f"choose other sizes: {'; '.join(problems[:5])}"
         )
     return shardings
 

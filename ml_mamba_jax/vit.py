@@ -77,7 +77,8 @@ class ViT(nn.Module):
             prefix = self.param("prefix_tokens", with_axes(embedding_init, None, "embed"), (n_prefix, config.width))
             prefix = jnp.broadcast_to(prefix.astype(self.dtype)[None], (x.shape[0], *prefix.shape))
             x = jnp.concatenate([prefix, x], axis=1)
-        blocks = stack_layers(ViTBlock, config.depth - 1, remat=self.remat)  # the second-to-last block is the last needed
+        n_needed = config.depth - 1  # the features are those of the second-to-last block
+        blocks = stack_layers(ViTBlock, n_needed, remat=self.remat)
         x, _ = blocks(config, self.dtype, name="blocks")(x, None)
         return x[:, n_prefix:]
 

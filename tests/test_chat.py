@@ -45,10 +45,13 @@ def test_a_prompt_is_answered_once(folder, capsys):
     assert f"loaded {folder} in" in err and "6 tokens in" in err and "tokens/s" in err
 
 
-def test_sampling_options_are_used(folder, capsys):
+def test_sampling_options_are_used(folder, capsys, monkeypatch):
+    answer_, used = chat._answer, []
+    monkeypatch.setattr(chat, "_answer", lambda *args: (used.append(args[-1]), answer_(*args)))
     options = ["--temperature", "2.5", "--top-k", "9", "--top-p", "0.9", "--seed", "4"]
     chat.main([str(folder), "--prompt", "what is this?", *options, *FEW])
     sampling = Sampling(temperature=2.5, top_k=9, top_p=0.9)
+    assert used == [{"sampling": sampling, "max_new_tokens": 6, "seed": 4}]
     answer = expected("what is this?", None, sampling=sampling, seed=4)
     assert capsys.readouterr().out.strip() == answer != expected("what is this?", None)
 

@@ -53,7 +53,9 @@ def test_parameters_are_restored_onto_any_mesh(folder, sizes):
     shardings = sharding.param_shardings(tiny_model.MODEL, sharding.make_mesh(*sizes))
     params = checkpoint.load_params(folder, shardings=shardings)
     assert_equal(params, jax.tree.map(lambda a: a + 7, tiny_model.params()))
-    jax.tree.map(lambda a, s: pytest.fail(f"{a.sharding}, expected {s}") if a.sharding != s else None, params, shardings)
+    jax.tree.map(
+        lambda a, s: pytest.fail(f"{a.sharding}, expected {s}") if a.sharding != s else None, params, shardings
+    )
 
 
 def test_only_the_newest_are_kept(folder):

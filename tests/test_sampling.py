@@ -81,8 +81,9 @@ def test_greedy_takes_the_likeliest_whatever_the_key():
 
 def test_tiny_temperature_becomes_greedy_without_overflow():
     logits = jnp.asarray(LOGITS)[None] * 100
-    for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
-        assert sample(jax.random.key(0), logits, Sampling(temperature=1e-30, **options))[0] == 1
+    for temperature in (1e-36, 1e-60):  # 300 / 1e-36 is infinite in float32, and 1e-60 is zero
+        for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+            assert sample(jax.random.key(0), logits, Sampling(temperature=temperature, **options))[0] == 1
 
 
 def test_rows_draw_independently():

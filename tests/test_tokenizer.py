@@ -50,12 +50,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         Tokenizer.from_pretrained("./nowhere/tokenizer.json")
     damaged = tmp_path / "tokenizer.json"
     damaged.write_text('{"version": "1.0", "mod')
-    with pytest.raises(InputError, match="cannot read .*tokenizer.json"):
+    with pytest.raises(InputError, match=r"cannot read .*tokenizer\.json"):
         Tokenizer.from_pretrained(damaged)
     whole = Tokenizer.train(TEXTS, 300).save(tmp_path)
     data = json.loads(whole.read_text())
     data["added_tokens"] = []
     del data["model"]["vocab"]["<|endoftext|>"]
     whole.write_text(json.dumps(data))
-    with pytest.raises(InputError, match="without <|endoftext|>"):
+    with pytest.raises(InputError, match=r"without <\|endoftext\|>"):
         Tokenizer.from_pretrained(whole)

@@ -138,7 +138,11 @@ def test_all_unusable_records_are_listed_and_nothing_is_left_behind(llava):
         prepare(tmp_path, entries)
     message = str(caught.value)
     assert "3 of 4 records cannot be used" in message
-    for part in ("gone.png: found no such image file", "blue.jpg: cannot decode", "chat.json[3]: conversations: got an empty"):
+    for part in (
+        "gone.png: found no such image file",
+        "blue.jpg: cannot decode",
+        "chat.json[3]: conversations: got an empty",
+    ):
         assert part in message
     assert not list((tmp_path / "data").rglob("*.array_record*"))
 

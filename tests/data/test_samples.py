@@ -15,7 +15,12 @@ from ml_mamba_jax.tokenizer import Tokenizer
 
 TINY = MLMambaConfig.named("tiny")
 TOKENIZER = Tokenizer.train(["<|user|>\nWhich digit is this?\n<|assistant|>\n"] * 9, 300)
-TURNS = (Turn("human", "<image>\nWhich digit is this?"), Turn("gpt", "7"), Turn("human", "Sure?"), Turn("gpt", "Yes, 7"))
+TURNS = (
+    Turn("human", "<image>\nWhich digit is this?"),
+    Turn("gpt", "7"),
+    Turn("human", "Sure?"),
+    Turn("gpt", "Yes, 7"),
+)
 
 
 def png(colour=(255, 0, 0)) -> bytes:

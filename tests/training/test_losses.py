@@ -1,6 +1,7 @@
 """The loss and its gradient, against plain NumPy and across ways to cut a batch."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,10 +18,10 @@ def make_batch(rows: int = 8, length: int = 9) -> Batch:
     for row in range(rows):
         is_target[row, length - 1 - row % (length - 1) :] = True
     return Batch(
-        tokens=np.asarray(tiny_model.tokens(rows, length)),
-        is_target=is_target,
-        lengths=np.full(rows, length, np.int32),
-        images={name: np.asarray(a) for name, a in tiny_model.pixels(rows).items()},
+        tokens=tiny_model.tokens(rows, length),
+        is_target=jnp.asarray(is_target),
+        lengths=jnp.full(rows, length, jnp.int32),
+        images=tiny_model.pixels(rows),
         image_mask=None,
     )
 
@@ -66,10 +67,11 @@ def test_micro_batches_weigh_every_token_the_same(parts):
 
 def test_rows_without_an_image_do_not_see_the_others_pixels():
     batch = make_batch(4)
-    mask = np.asarray([True, False, True, False])
-    black = {name: np.where(mask[:, None, None, None], a, 0) for name, a in batch.images.items()}
+    mask = jnp.asarray([True, False, True, False])
+    black = {name: jnp.where(mask[:, None, None, None], a, 0) for name, a in batch.images.items()}
     losses = [
-        target_losses(MODEL, PARAMS, batch._replace(images=images, image_mask=mask))[0] for images in (batch.images, black)
+        target_losses(MODEL, PARAMS, batch._replace(images=images, image_mask=mask))[0]
+        for images in (batch.images, black)
     ]
     np.testing.assert_array_equal(*losses)
     assert losses[0] != target_losses(MODEL, PARAMS, batch)[0]
