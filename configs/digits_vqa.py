@@ -11,7 +11,7 @@ from ml_mamba_jax.training.config import DataConfig, OptimConfig, TrainConfig
 DIGITS_VQA = TrainConfig(
     name="digits-vqa",
     model=MLMambaConfig.named("tiny"),
-    data=DataConfig(train_scenes=16_000, test_scenes=400, max_tokens=88),
+    data=DataConfig(train_scenes=20_000, test_scenes=560, max_tokens=30),
     optim=OptimConfig(peak_lr=1e-3, warmup=0.1, b2=0.99, weight_decay=0.01),
     steps=2000,
     batch_size=32,

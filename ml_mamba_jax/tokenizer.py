@@ -7,6 +7,8 @@ from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import END_OF_TEXT
 
 FILE_NAME = "tokenizer.json"
+WORDS = r"\n?<\|[a-z]+\|>\n?| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
+"""Between these no merge is learnt: marks of the chat format with their line ends, words, digits, punctuation, white space."""
 
 
 class Tokenizer:
@@ -52,13 +54,18 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn a byte-level BPE of at most `vocab_size` entries (at least 257: every byte and the end of text, id 0)."""
+        from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers, trainers
 
         if vocab_size < 257:
             raise InputError(f"vocab_size: got {vocab_size}, expected at least 257 (every byte and {END_OF_TEXT})")
         backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -115,14 +115,14 @@ def test_a_finished_row_stays_finished_and_the_others_go_on():
     for row, count in enumerate(counts):
         np.testing.assert_array_equal(tokens[row, :count], free[row, :count])
         assert not tokens[row, count:].any()
-        # The state is that after the last token that belongs to the answer.
-        pixels, _ = batching.stack_images([IMAGES[row]], MODEL.config)
-        read = jnp.asarray([rows[row] + tokens[row, :count].tolist()])
-        padded, lengths = batching.pad_rows(np.asarray(read).tolist(), 0)
-        padded = jnp.pad(padded, ((0, 0), (0, 112 - padded.shape[1])))
-        _, expected_state = apply(weights(), padded, images=pixels, lengths=lengths, method="prefill")
-        for a, b in zip(state, expected_state, strict=True):
-            np.testing.assert_allclose(a[:, row], b[:, 0], atol=1e-4 * np.abs(b).max())
+    # The state is that after the last token that belongs to the answer.
+    read = [row + new[:count].tolist() for row, new, count in zip(rows, tokens, counts, strict=True)]
+    padded, lengths = batching.pad_rows(read, 0)
+    pixels, mask = batching.stack_images(IMAGES, MODEL.config)
+    _, expected_state = apply(weights(), padded, images=pixels, image_mask=mask, lengths=lengths, method="prefill")
+    for a, b in zip(state, expected_state, strict=True):
+        for row in range(3):
+            np.testing.assert_allclose(a[:, row], b[:, row], atol=1e-4 * np.abs(b[:, row]).max())
 
 
 def test_ids_that_no_token_has_are_never_chosen():
@@ -197,50 +197,53 @@ def printable_params() -> dict:
     }
 
 
+def from_scratch(conversations: list, images: list) -> list[str]:
+    """Six tokens of answer to each conversation, read whole. Always a batch of six rows, so that it compiles once."""
+    missing = 6 - len(conversations)
+    rows, images = [*conversations, *["x" * 150] * missing], [*images, *[None] * missing]
+    answers = generate(MODEL, printable_params(), Tokenizer.train([], 257), rows, images, max_new_tokens=6)
+    return answers[: len(conversations)]
+
+
 def test_a_chat_equals_the_conversation_from_scratch():
-    params, tokenizer = printable_params(), Tokenizer.train([], 257)
-    chat, turns, sizes = Chat(MODEL, params, tokenizer), [], []
+    tokenizer = Tokenizer.train([], 257)
+    chat, conversations, answers, sizes = Chat(MODEL, printable_params(), tokenizer), [], [], []
     for i, question in enumerate(["what is this?", "and then", "why so?"]):
-        image = IMAGES[0] if i == 0 else None
-        turns.append(Turn("human", question))
-        answer = chat.ask(question, image, max_new_tokens=5 + i)
-        scratch = generate(MODEL, params, tokenizer, [turns], [IMAGES[0]], max_new_tokens=5 + i)[0]
-        assert answer == scratch != ""
-        assert tokenizer.encode(answer) == chat.answer_ids and len(answer) == 5 + i
-        turns.append(Turn("gpt", answer))
-        assert chat.turns == turns
+        conversations.append([*chat.turns, Turn("human", question)])
+        answers.append(chat.ask(question, IMAGES[0] if i == 0 else None, max_new_tokens=6))
+        assert chat.turns == [*conversations[-1], Turn("gpt", answers[-1])]
+        assert tokenizer.encode(answers[-1]) == chat.answer_ids and len(answers[-1]) == 6
         sizes.append(sum(a.nbytes for a in chat.state))
     assert len(set(sizes)) == 1  # memory does not grow
 
-    # An answer that ends by itself, on a stop id, and one that is cut by the limit are followed by the same end of text.
-    stopped = Chat(MODEL, params, tokenizer)
-    stopped.ask("hi", IMAGES[0], max_new_tokens=4)
-    first = stopped.answer_ids
-    cut = Chat(MODEL, params, tokenizer)
-    cut.ask("hi", IMAGES[0], max_new_tokens=4, stop_ids=[first[3]])
-    kept = first.index(first[3])
-    assert cut.answer_ids == first[:kept]
-    turns = [*cut.turns, Turn("human", "go on")]
-    scratch = generate(MODEL, params, tokenizer, [turns], [IMAGES[0]], max_new_tokens=5)[0]
-    assert cut.ask("go on", max_new_tokens=5) == scratch
+    # The end of text follows an answer that ends by itself just as it follows one that is cut by the limit.
+    cut = Chat(MODEL, printable_params(), tokenizer)
+    cut.ask("what is this?", IMAGES[0], max_new_tokens=6, stop_ids=tokenizer.encode(answers[0][4]))
+    kept = answers[0].index(answers[0][4])
+    assert cut.turns[-1] == Turn("gpt", answers[0][:kept]) and kept > 0
+    conversations.append([*cut.turns, Turn("human", "go on")])
+    answers.append(cut.ask("go on", max_new_tokens=6))
+
+    assert answers == from_scratch(conversations, [IMAGES[0]] * 4)
+    # What was said before matters, and so does the image: else the comparison would prove little.
+    forgetful = from_scratch(["and then", "why so?", conversations[1], conversations[2]], [IMAGES[0]] * 2 + [None] * 2)
+    assert answers[1:3] != forgetful[:2] and answers[1:3] != forgetful[2:], (answers, forgetful)
 
 
 def test_a_chat_streams_survives_an_abandoned_answer_and_resets():
-    params, tokenizer = printable_params(), Tokenizer.train([], 257)
-    chat = Chat(MODEL, params, tokenizer)
-    pieces = chat.stream("what is this?", IMAGES[0], max_new_tokens=8)
+    chat = Chat(MODEL, printable_params(), Tokenizer.train([], 257))
+    pieces = chat.stream("what is this?", IMAGES[0], max_new_tokens=6)
     begun = next(pieces) + next(pieces)
     pieces.close()
     assert chat.turns == [Turn("human", "what is this?"), Turn("gpt", begun)]
     with pytest.raises(InputError, match="image: got one in the middle of a conversation"):
         chat.ask("and this?", IMAGES[0])
     turns = [*chat.turns, Turn("human", "and then")]
-    scratch = generate(MODEL, params, tokenizer, [turns], [IMAGES[0]], max_new_tokens=6)[0]
-    assert "".join(chat.stream("and then", max_new_tokens=6)) == scratch
+    expected, alone = from_scratch([turns, "and then"], [IMAGES[0], None])
+    assert "".join(chat.stream("and then", max_new_tokens=6)) == expected
     chat.reset()
     assert chat.turns == [] and chat.state is None
-    alone = generate(MODEL, params, tokenizer, ["and then"], max_new_tokens=6)[0]
-    assert chat.ask("and then", max_new_tokens=6) == alone != scratch
+    assert chat.ask("and then", max_new_tokens=6) == alone != expected
 
 
 def test_every_turn_is_tokenised_on_its_own_and_padded_to_a_bucket():

@@ -20,8 +20,8 @@ from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.prompt import IMAGE_MARK, Turn
 
-MAX_TURNS = 4
-"""Questions about one training scene in one conversation."""
+TURNS = 2
+"""Questions in a training conversation: with more of them, the answers before would give away the next."""
 
 
 class RecordBuilder(tfds.core.GeneratorBasedBuilder):
@@ -65,7 +65,7 @@ class DigitsConfig(tfds.core.BuilderConfig):
 class DigitsVQA(RecordBuilder):
     """Questions about scenes of real handwritten digits.
 
-    A training record is one scene with up to `MAX_TURNS` of its questions in random order. The test split has one record for each
+    A training record is one scene with `TURNS` of its questions in random order. The test split has one record for each
     question about its scenes, whose digits no training scene shows.
     """
 
@@ -83,9 +83,10 @@ class DigitsVQA(RecordBuilder):
         for i, scene in enumerate(scenes.scenes(digits, members, n_scenes, seed)):
             name = f"{split}-{i:06d}"
             if split == "train":
-                order = rng.permutation(len(scene.questions))[:MAX_TURNS]
-                turns = _turns([scene.questions[j] for j in order])
-                yield Record(name, scene.png, turns)
+                questions = list(scene.questions)
+                del questions[-rng.integers(1, 3)]  # one of the two about presence, which would crowd out the positions
+                order = rng.permutation(len(questions))[:TURNS]
+                yield Record(name, scene.png, _turns([questions[j] for j in order]))
             else:
                 for j, question in enumerate(scene.questions):
                     yield Record(f"{name}-{j}", scene.png, _turns([question]), question.kind)

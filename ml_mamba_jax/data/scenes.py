@@ -20,6 +20,9 @@ SMALLEST = 0.8
 HELD_OUT = 0.2
 """Part of the digits, the same of each class, that only held-out scenes show."""
 
+N_DIGITS = (1, 2, 3, 4, 2, 3, 4)
+"""How many digits scenes show, taking turns. Single ones are learnt soon, so they are fewer."""
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 KINDS = ("single_digit", "parity", "position", "presence")
@@ -74,10 +77,10 @@ def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def scenes(digits: Digits, members: np.ndarray, n_scenes: int, seed: int) -> Iterator[Scene]:
-    """`n_scenes` scenes of the digits with indices `members`; one, two, three and four digits take turns."""
+    """`n_scenes` scenes of the digits with indices `members`."""
     rng = np.random.default_rng(seed)
     for i in range(n_scenes):
-        n_digits = 1 + i % len(CORNERS)
+        n_digits = N_DIGITS[i % len(N_DIGITS)]
         chosen = rng.choice(members, n_digits)
         corners = np.sort(rng.permutation(len(CORNERS))[:n_digits])
         labels = digits.labels[chosen]

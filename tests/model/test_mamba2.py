@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ml_mamba_jax import layers
 from ml_mamba_jax.config import MixerConfig
 from ml_mamba_jax.mamba2 import Mamba2Mixer
 from ml_mamba_jax.model import MLMamba
@@ -103,6 +104,26 @@ def test_language_model_is_prenorm_residual_blocks_with_a_tied_head():
     np.testing.assert_allclose(logits, expected, atol=5e-5, rtol=5e-5)
 
 
+def test_a_loop_over_layers_equals_straight_code(monkeypatch):
+    """Large models loop over their layers, the tiny one is unrolled: both are one function of the parameters."""
+    params, tokens = {"language": tiny_model.params()["language"]}, tiny_model.tokens(2, 9)
+    n_layers = tiny_model.MODEL.config.language.n_layers
+
+    def loss(params):
+        return jnp.mean(jnp.square(tiny_model.MODEL.apply({"params": params}, tokens)))
+
+    def traced(limit):
+        monkeypatch.setattr(layers, "UNROLLED_LAYERS", limit)
+        function = jax.jit(jax.value_and_grad(lambda params: loss(params)))  # a new function, so that it is traced anew
+        return str(jax.make_jaxpr(function)(params)), function(params)
+
+    (straight, (value, grads)), (loop, (loop_value, loop_grads)) = traced(n_layers), traced(0)
+    assert f"unroll={n_layers}" in straight and f"unroll={n_layers}" not in loop
+    np.testing.assert_allclose(loop_value, value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(loop_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_untied_head_has_weights_of_its_own():
     config = tiny_model.MODEL.config
     language = config.language.__class__(config.language.mixer, n_layers=1, vocab_size=30, tie_embeddings=False)
@@ -123,16 +144,19 @@ def test_ids_outside_the_table_give_nan_and_not_a_neighbour(token):
 def test_initial_parameters_are_in_their_ranges():
     model = tiny_model.MODEL
     params = jax.jit(lambda: model.init(jax.random.key(3), **model.dummy_inputs()))()["params"]
-    for mixer, n_layers in ((params["language"]["blocks"]["mixer"], 4), (params["connector"]["blocks"]["mixer"], 2)):
+    for part, config in (("language", model.config.language), ("connector", model.config.connector)):
+        mixer = params[part]["blocks"]["mixer"]
         dt, A = np.logaddexp(0, mixer["dt_bias"]), np.exp(mixer["A_log"])
-        assert dt.min() >= 0.999e-3 and dt.max() <= 0.1001 and dt.std() > 0.01
-        assert A.min() >= 1 and A.max() <= 16 and A.std() > 2
+        for values, (low, high) in ((dt, config.mixer.dt_range), (A, config.mixer.A_range)):
+            assert 0.999 * low <= values.min() and values.max() <= 1.001 * high
+            assert values.min() < low + 0.2 * (high - low) and values.max() > high - 0.4 * (high - low)
         np.testing.assert_array_equal(mixer["D"], 1)
-        bound = (192 * n_layers) ** -0.5  # PyTorch's 1/sqrt(fan_in), shrunk by sqrt(layers)
+        bound = (192 * config.n_layers) ** -0.5  # PyTorch's 1/sqrt(fan_in), shrunk by sqrt(layers)
         assert 0.97 * bound < np.abs(mixer["out_proj"]["kernel"]).max() <= bound
         assert 0.97 * 96**-0.5 < np.abs(mixer["in_proj"]["kernel"]).max() <= 96**-0.5
         assert 0.9 * 0.5 < np.abs(mixer["conv_weight"]).max() <= 0.5
-    assert abs(np.std(params["language"]["embedding"]) - 0.02) < 1e-3
+    expected = model.config.language.embedding_std
+    assert abs(np.std(params["language"]["embedding"]) / expected - 1) < 0.02
 
 
 def test_state_rows_can_be_taken_and_inserted():

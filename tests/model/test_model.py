@@ -59,7 +59,8 @@ def test_prefill_ends_where_the_forward_pass_ends():
     text, images = tokens(2, 9), pixels(2)
     last, state = apply(params(), text, images=images, method="prefill")
     np.testing.assert_allclose(last, apply(params(), text, images=images)[:, -1], **CLOSE)
-    assert state.ssm.shape == (4, 2, 6, 32, 32) and state.conv.shape == (4, 2, 3, 256)
+    n_layers = MODEL.config.language.n_layers
+    assert state.ssm.shape == (n_layers, 2, 6, 32, 32) and state.conv.shape == (n_layers, 2, 3, 256)
 
 
 def test_prefill_in_pieces_equals_one_shot():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ml_mamba_jax import checkpoint
+from tests.test_docs import BLOCK, NEEDS_RUN
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--steps=40", "--batch-size=4", "--save-every=20", "--data.train-scenes=40", "--data.test-scenes=4"]
@@ -61,6 +62,34 @@ def test_a_run_leaves_everything_a_user_looks_for(straight):
     assert scores["overall"]["count"] == sum(s["count"] for kind, s in scores.items() if kind != "overall")
     assert [step for step, _ in losses(folder)] == list(range(1, 41))
     assert losses(folder)[-1][1] < losses(folder)[0][1]
+
+
+def test_the_examples_that_need_a_run_work_beside_one(straight):
+    blocks = [
+        block
+        for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for block in BLOCK.findall(path.read_text(encoding="utf-8"))
+        if NEEDS_RUN in block
+    ]
+    assert len(blocks) >= 2
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
+        cwd=straight,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_chat_answers_the_example(straight):
+    folder = straight / "runs" / "digits-vqa"
+    arguments = [str(folder), "--image", str(folder / "example.png"), "--prompt", (folder / "example.txt").read_text()]
+    done = subprocess.run(
+        [sys.executable, "-m", "ml_mamba_jax.chat", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
 
 
 def test_a_killed_run_goes_on_bit_by_bit(straight, tmp_path):
