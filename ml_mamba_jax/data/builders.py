@@ -1,7 +1,7 @@
 """Data sets on disk: tfds builders that write records to array_record files, without TensorFlow.
 
 `DigitsVQA` composes the demo's scenes; `LlavaFolder` packs a LLaVA json file and its images. Both write the same features, and
-`open_records` reads what either wrote. Images are stored as the encoded bytes of their files, empty for text alone.
+`ml_mamba_jax.data.source` reads what either wrote. Images are stored as the encoded bytes of their files, empty for text alone.
 """
 
 import dataclasses
