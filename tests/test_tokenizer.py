@@ -1,7 +1,5 @@
 """The tokenizer: round trips, what it refuses."""
 
-import json
-
 import pytest
 
 from ml_mamba_jax.errors import InputError
@@ -52,10 +50,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     damaged.write_text('{"version": "1.0", "mod')
     with pytest.raises(InputError, match=r"cannot read .*tokenizer\.json"):
         Tokenizer.from_pretrained(damaged)
-    whole = Tokenizer.train(TEXTS, 300).save(tmp_path)
-    data = json.loads(whole.read_text())
-    data["added_tokens"] = []
-    del data["model"]["vocab"]["<|endoftext|>"]
-    whole.write_text(json.dumps(data))
+    import tokenizers
+
     with pytest.raises(InputError, match=r"without <\|endoftext\|>"):
-        Tokenizer.from_pretrained(whole)
+        Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))

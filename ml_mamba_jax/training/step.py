@@ -51,7 +51,7 @@ def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mes
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
         loss, gradient, targets = mean_loss_and_gradient(model, state.params, batch, micro_batches)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         following = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
