@@ -22,7 +22,7 @@ from ml_mamba_jax.errors import CheckpointError, InputError, NonFiniteError, one
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.names import unknown
-from ml_mamba_jax.prompt import IMAGE_MARK, render
+from ml_mamba_jax.prompt import render
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals, plots
 from ml_mamba_jax.training.config import TrainConfig, check
@@ -169,7 +169,7 @@ def evaluate(
     example = max(answers, key=lambda item: len(item.record.image or b""))  # of all pictures the one with most to see
     if example.record.image is not None:
         read_image(example.record.image).save(folder / "example.png")
-        serialize.write_text(folder / "example.txt", example.question.replace(IMAGE_MARK, "").strip() + "\n")
+        serialize.write_text(folder / "example.txt", example.question + "\n")
     print(f"{evals.table(scores)}\n({time.perf_counter() - started:.0f} s)", flush=True)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.image import prepare_images, read_image
+from ml_mamba_jax.image import prepare_images, read_image, stack_pixels
 from ml_mamba_jax.prompt import Turn, prompt, render
 from ml_mamba_jax.tokenizer import Tokenizer
 
@@ -53,11 +53,7 @@ def stack_images(
     if not config.vision:
         raise InputError("image: got one, but this model has no image encoders; ask without an image")
     rows = [None if image is None else prepare_images(_decoded(image), config) for image in images]
-    shapes = {encoder.name: (encoder.image_size, encoder.image_size, 3) for encoder in config.vision}
-    pixels = {
-        name: jnp.asarray(np.stack([np.zeros(shape, np.uint8) if row is None else row[name] for row in rows]))
-        for name, shape in shapes.items()
-    }
+    pixels = {name: jnp.asarray(stacked) for name, stacked in stack_pixels(rows, config).items()}
     return pixels, jnp.asarray([row is not None for row in rows])
 
 

@@ -81,7 +81,7 @@ def load_params(folder: str | Path, step: int | None = None, shardings: Any = No
     """
     folder = Path(folder)
     model = MLMamba(load_config(folder))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **model.dummy_inputs()))[PARAMS]
+    shapes = model.param_shapes()
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)

@@ -1,6 +1,7 @@
 """From an image file to the pixels an encoder sees. Pillow's bicubic filter, as the PyTorch original uses it."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,15 @@ def prepare_images(image, config: MLMambaConfig) -> dict[str, np.ndarray]:
             prepared[key] = np.asarray(_square(image, encoder, config.resize))
         pixels[encoder.name] = prepared[key]
     return pixels
+
+
+def stack_pixels(rows: Sequence[dict[str, np.ndarray] | None], config: MLMambaConfig) -> dict[str, np.ndarray]:
+    """What `prepare_images` made of several rows as uint8 [b y x 3] by encoder; black for a row without an image."""
+    stacked = {}
+    for encoder in config.vision:
+        blank = np.zeros((encoder.image_size, encoder.image_size, 3), np.uint8)
+        stacked[encoder.name] = np.stack([blank if row is None else row[encoder.name] for row in rows])
+    return stacked
 
 
 def _square(image, encoder: ViTConfig, resize: str):

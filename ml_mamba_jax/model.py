@@ -1,6 +1,7 @@
 """ML-Mamba: images and text in, logits out; a recurrent state in and out when generating."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -47,6 +48,11 @@ class MLMamba(nn.Module):
     def init_with_axes(self, *args, **kwargs) -> dict:
         """`nn.Module.init`: parameters in boxes with their logical axis names."""
         return super().init(*args, **kwargs)
+
+    @nn.nowrap
+    def param_shapes(self) -> dict:
+        """The tree of the parameters with a `jax.ShapeDtypeStruct` in place of each array; takes no memory."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), **self.dummy_inputs()))["params"]
 
     @nn.nowrap
     def dummy_inputs(self, batch_size: int = 1, length: int = 2) -> dict:

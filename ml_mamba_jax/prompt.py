@@ -27,6 +27,11 @@ class Piece(NamedTuple):
     is_target: bool
 
 
+def without_mark(text: str) -> str:
+    """What a human turn says, without the image mark and white space around it."""
+    return text.replace(IMAGE_MARK, "").strip()
+
+
 def render(turns: Sequence[Turn]) -> list[Piece]:
     """The pieces of a conversation that alternates human and gpt, human first.
 
@@ -42,7 +47,7 @@ def render(turns: Sequence[Turn]) -> list[Piece]:
             raise ValueError(
                 f"turn {i}: got role {role!r}, expected {expected!r} (human and gpt alternate, human first)"
             )
-        text = text.replace(IMAGE_MARK, "").strip()
+        text = without_mark(text)
         if role == "human":
             start = "\n" if i else ""
             pieces.append(Piece(f"{start}<|user|>\n{text}{END_OF_TEXT}\n<|assistant|>\n", is_target=False))

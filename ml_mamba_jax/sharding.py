@@ -71,7 +71,7 @@ def param_shardings(model: MLMamba, mesh: Mesh) -> dict:
     Raises:
         InputError: a size that its mesh axis does not divide; lists all of them.
     """
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), **model.dummy_inputs()))["params"]
+    shapes = model.param_shapes()
     problems = []
 
     def place(path, shape, axes):

@@ -8,7 +8,7 @@ import numpy as np
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.image import prepare_images, read_image
+from ml_mamba_jax.image import prepare_images, read_image, stack_pixels
 from ml_mamba_jax.prompt import Turn, render
 from ml_mamba_jax.tokenizer import Tokenizer
 
@@ -72,15 +72,11 @@ def collate(samples: Sequence[Sample], config: MLMambaConfig, pad_id: int, lengt
     for row, sample in enumerate(samples):
         tokens[row, : len(sample.tokens)] = sample.tokens
         is_target[row, : len(sample.tokens)] = sample.is_target
-    images = {}
-    for encoder in config.vision:
-        blank = np.zeros((encoder.image_size, encoder.image_size, 3), np.uint8)
-        images[encoder.name] = np.stack([blank if s.pixels is None else s.pixels[encoder.name] for s in samples])
     has_image = np.asarray([sample.pixels is not None for sample in samples], bool)
     return Batch(
         tokens=tokens,
         is_target=is_target,
         lengths=np.asarray([len(sample.tokens) for sample in samples], np.int32),
-        images=images,
+        images=stack_pixels([sample.pixels for sample in samples], config),
         image_mask=None if has_image.all() else has_image,
     )

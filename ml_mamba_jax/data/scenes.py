@@ -25,7 +25,6 @@ N_DIGITS = (1, 2, 3, 4, 2, 3, 4)
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
-KINDS = ("single_digit", "parity", "position", "presence")
 
 _SINGLE = ("Which digit is this?", "What digit do you see?", "Which digit is written here?")
 _PARITY = ("Is the digit even?", "Is this digit an even number?")

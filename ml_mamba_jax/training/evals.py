@@ -8,6 +8,7 @@ from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.generation import generate
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.prompt import without_mark
 from ml_mamba_jax.tokenizer import Tokenizer
 
 
@@ -19,7 +20,7 @@ class Answer(NamedTuple):
 
     @property
     def question(self) -> str:
-        return self.record.turns[-2].text
+        return without_mark(self.record.turns[-2].text)
 
     @property
     def expected(self) -> str:
@@ -64,12 +65,17 @@ def answer(
     return answers
 
 
+def by_kind(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """The answers to each kind of question, in order of appearance; those without a kind are "question"."""
+    kinds: dict[str, list[Answer]] = {}
+    for item in answers:
+        kinds.setdefault(item.record.kind or "question", []).append(item)
+    return kinds
+
+
 def score(answers: Sequence[Answer]) -> dict[str, Score]:
     """Scores by kind and `overall`, whose baseline knows the most frequent answer of each kind."""
-    by_kind: dict[str, list[Answer]] = {}
-    for item in answers:
-        by_kind.setdefault(item.record.kind or "question", []).append(item)
-    scores = {kind: _score(items) for kind, items in sorted(by_kind.items())}
+    scores = {kind: _score(items) for kind, items in sorted(by_kind(answers).items())}
     total = sum(s.count for s in scores.values())
     overall = Score(
         accuracy=sum(s.accuracy * s.count for s in scores.values()) / total,

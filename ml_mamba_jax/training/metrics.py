@@ -14,7 +14,6 @@ class MetricsLog:
     """Appends one line per step. A resumed run keeps the lines up to its first step and drops what came after."""
 
     def __init__(self, path: Path, first_step: int):
-        self._path = path
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from ml_mamba_jax.image import read_image
-from ml_mamba_jax.training.evals import Answer
+from ml_mamba_jax.training.evals import Answer, by_kind
 
 _INK, _RIGHT, _WRONG = "#222222", "#1a7f37", "#c62828"
 
 
 def loss_curve(lines: Sequence[dict], path: Path) -> None:
     """Loss and learning rate over steps, from the lines of `metrics.jsonl`."""
-    figure, axis = _figure(8, 4.5)
+    figure, axis = _figure(8.0, 4.5)
     steps, losses = (np.asarray([line[key] for line in lines]) for key in ("step", "loss"))
     axis.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="loss of a step")
     axis.plot(steps, _smooth(losses), color="#1f4e8c", linewidth=1.8, label="running mean")
@@ -40,8 +40,7 @@ def answer_grid(answers: Sequence[Answer], path: Path, columns: int = 6, rows: i
     for axis, item in zip(np.ravel(axes), shown, strict=False):
         if item.record.image is not None:
             axis.imshow(read_image(item.record.image, item.record.id), interpolation="nearest")
-        question = item.question.replace("<image>", "").strip()
-        axis.set_title(question, fontsize=8, color=_INK, wrap=True)
+        axis.set_title(item.question, fontsize=8, color=_INK, wrap=True)
         verdict = item.prediction if item.is_right else f"{item.prediction or '(nothing)'}   (expected {item.expected})"
         axis.text(
             0.5, -0.04, verdict, transform=axis.transAxes, ha="center", va="top", fontsize=10, fontweight="bold",
@@ -51,12 +50,10 @@ def answer_grid(answers: Sequence[Answer], path: Path, columns: int = 6, rows: i
 
 
 def _choose(answers: Sequence[Answer], n: int) -> list[Answer]:
-    by_kind: dict[str, list[Answer]] = {}
-    for item in answers:
-        by_kind.setdefault(item.record.kind, []).append(item)
-    share = max(1, n // len(by_kind))
+    kinds = by_kind(answers)
+    share = max(1, n // len(kinds))
     chosen = []
-    for items in by_kind.values():
+    for items in kinds.values():
         wrong = [item for item in items if not item.is_right][: share // 2]
         right = [item for item in items if item.is_right]
         spread = [right[i] for i in np.linspace(0, len(right) - 1, share - len(wrong)).astype(int)] if right else []
