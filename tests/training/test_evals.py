@@ -1,0 +1,56 @@
+"""Scores and their baselines, against numbers counted by hand; the pictures are written and can be opened."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.prompt import Turn
+from ml_mamba_jax.training import plots
+from ml_mamba_jax.training.evals import Answer, score, table
+
+
+def png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), "white").save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def made(kind: str, expected: str, prediction: str) -> Answer:
+    turns = (Turn("human", "<image>\nWhich?"), Turn("gpt", expected))
+    return Answer(Record("id", png(), turns, kind), prediction)
+
+
+ANSWERS = [
+    *[made("digit", "7", "7 "), made("digit", "7", "1"), made("digit", "3", "3"), made("digit", "1", "7")],
+    *[made("parity", "Yes", "Yes"), made("parity", "No", "no")],
+]
+
+
+def test_scores_are_counted_by_kind():
+    scores = score(ANSWERS)
+    assert scores["digit"] == (0.5, 4, 0.5)
+    assert scores["parity"] == (0.5, 2, 0.5)
+    assert list(scores) == ["overall", "digit", "parity"]
+    assert scores["overall"] == (pytest.approx(3 / 6), 6, pytest.approx(3 / 6))
+    assert "50.0%" in table(scores)
+    assert table(scores).count("\n") == 3
+
+
+def test_a_better_model_scores_higher():
+    right = [item._replace(prediction=item.expected) for item in ANSWERS]
+    assert score(right)["overall"].accuracy == 1
+    assert score(right)["overall"].majority_baseline == score(ANSWERS)["overall"].majority_baseline
+
+
+def test_pictures_are_written_whole(tmp_path):
+    lines = [{"step": i, "loss": 2.0 / i, "learning_rate": 1e-3} for i in range(1, 30)]
+    plots.loss_curve(lines, tmp_path / "loss.png")
+    plots.answer_grid(ANSWERS, tmp_path / "samples.png", columns=3, rows=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "samples.png"]
+    for path in tmp_path.iterdir():
+        pixels = np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB"))
+        assert pixels.shape[0] > 200
+        assert pixels.std() > 5, f"{path.name} is empty"

@@ -1,0 +1,105 @@
+"""One optimizer step: against AdamW written out, on several meshes, and when numbers go bad."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ml_mamba_jax import sharding
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.training.config import OptimConfig
+from ml_mamba_jax.training.losses import mean_loss_and_gradient
+from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from ml_mamba_jax.training.step import abstract_state, init_state, make_train_step
+from tests import tiny_model
+from tests.training.test_losses import make_batch
+
+MODEL = tiny_model.MODEL
+CONFIG = OptimConfig(peak_lr=1e-2, warmup=0.2, weight_decay=0.5, clip_norm=0.1)
+STEPS = 10
+
+
+def take_steps(sizes: tuple[int, int, int], n: int, batch, micro_batches: int = 1, devices=None):
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+    optimizer = make_optimizer(CONFIG, MODEL, STEPS)
+    place = jax.tree.map(lambda a: a.sharding, abstract_state(MODEL, optimizer, mesh))
+    state = jax.device_put(init_state(MODEL, optimizer, jax.random.key(0)), place)
+    train_step = make_train_step(MODEL, optimizer, mesh, micro_batches)
+    losses = []
+    for _ in range(n):
+        state, metrics = train_step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        losses.append(float(metrics["loss"]))
+    return state, losses, metrics
+
+
+def test_the_schedule_rises_to_the_peak_and_falls_to_zero():
+    schedule = make_schedule(OptimConfig(peak_lr=2.0, warmup=0.1), 100)
+    np.testing.assert_allclose([schedule(i) for i in (0, 5, 10, 55, 100)], [0, 1, 2, 1, 0], atol=1e-6)
+
+
+def test_a_step_is_clipped_adamw_that_spares_one_dimensional_parameters():
+    batch = make_batch(8)
+    state, _, metrics = take_steps((8, 1, 1), 2, batch)
+    spared = {"bias", "scale", "A_log", "D", "dt_bias", "conv_bias", "norm_weight", "attention_scale", "mlp_scale"}
+
+    params = MODEL.init(jax.random.key(0), **MODEL.dummy_inputs())["params"]
+    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    decay = [0.0 if path[-1].key in spared else CONFIG.weight_decay for path, _ in flat]
+    values = [np.asarray(a, np.float64) for _, a in flat]
+    first, second = ([np.zeros_like(a) for a in values] for _ in range(2))
+    for step in (1, 2):
+        p = jax.tree.unflatten(tree, [jnp.asarray(a, jnp.float32) for a in values])
+        gradient = [np.asarray(g, np.float64) for g in jax.tree.leaves(mean_loss_and_gradient(MODEL, p, batch)[1])]
+        norm = np.sqrt(sum((g**2).sum() for g in gradient))
+        rate = float(make_schedule(CONFIG, STEPS)(step - 1))
+        for i, g in enumerate(gradient):
+            g = g * min(1, CONFIG.clip_norm / norm)
+            first[i] = CONFIG.b1 * first[i] + (1 - CONFIG.b1) * g
+            second[i] = CONFIG.b2 * second[i] + (1 - CONFIG.b2) * g**2
+            update = (first[i] / (1 - CONFIG.b1**step)) / (np.sqrt(second[i] / (1 - CONFIG.b2**step)) + CONFIG.eps)
+            values[i] = values[i] - rate * (update + decay[i] * values[i])
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
+    for (path, _), got, want in zip(flat, jax.tree.leaves(state.params), values, strict=True):
+        # Where a gradient is almost zero, its sign and so the update of AdamW is rounding: compare the rest.
+        close = np.isclose(np.asarray(got), want, rtol=1e-3, atol=2e-4)
+        assert close.mean() > 0.99, f"{jax.tree_util.keystr(path)}: {close.mean():.3f}"
+    assert int(state.step) == 2
+
+
+@pytest.mark.parametrize("sizes, micro_batches", [((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 4, 2), 1), ((2, 1, 1), 4)])
+def test_eight_devices_take_the_steps_of_one(sizes, micro_batches):
+    batch = make_batch(8)
+    _, one, _ = take_steps((1, 1, 1), 4, batch, devices=jax.devices()[:1])
+    devices = jax.devices()[: int(np.prod(sizes))]
+    state, many, _ = take_steps(sizes, 4, batch, micro_batches, devices)
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    assert one[-1] < one[0]
+    kernel = state.params["language"]["blocks"]["mixer"]["in_proj"]["kernel"]
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
+    moments = optax.tree_utils.tree_get(state.optimizer, "mu")["language"]["blocks"]["mixer"]["in_proj"]["kernel"]
+    assert moments.sharding == kernel.sharding
+
+
+def test_a_step_with_nan_leaves_the_state_as_it_was():
+    mesh = sharding.make_mesh()
+    optimizer = make_optimizer(CONFIG, MODEL, STEPS)
+    state = init_state(MODEL, optimizer, jax.random.key(0))
+    state.params["language"]["norm"]["scale"] = state.params["language"]["norm"]["scale"].at[3].set(jnp.nan)
+    before = jax.tree.map(np.asarray, state)
+    place = jax.tree.map(lambda a: a.sharding, abstract_state(MODEL, optimizer, mesh))
+    after, metrics = make_train_step(MODEL, optimizer, mesh)(jax.device_put(state, place), make_batch(8))
+    assert metrics["finite"] == 0
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), before, after)
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, -1, 1), (0, 1, 8), (-1, 3, 1)])
+def test_meshes_that_do_not_fit_the_devices_are_refused(sizes):
+    with pytest.raises(InputError, match="mesh: got data x fsdp x tensor"):
+        sharding.make_mesh(*sizes)
+
+
+def test_sizes_that_a_mesh_does_not_divide_are_listed():
+    mesh = sharding.make_mesh(1, 1, 5, devices=jax.devices()[:5])
+    with pytest.raises(InputError, match="does not divide"):
+        sharding.param_shardings(MODEL, mesh)

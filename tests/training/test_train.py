@@ -1,0 +1,158 @@
+"""train.py as its users run it: killed and resumed bit by bit, and one line for whatever is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ml_mamba_jax import checkpoint, generate, load
+from tests.test_docs import BLOCK, NEEDS_RUN
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--steps=40", "--batch-size=4", "--save-every=20", "--data.train-scenes=40", "--data.test-scenes=4"]
+SMALL += ["--eval-batch-size=8"]
+
+
+def command(folder: Path, *options: str, preset: str = "digits-vqa") -> list[str]:
+    places = ["--runs", str(folder / "runs"), "--data.folder", str(folder / "data")]
+    return [sys.executable, "train.py", preset, *places, *options]
+
+
+def run(folder: Path, *options: str, **kwargs) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.run(
+        command(folder, *options, **kwargs), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def losses(run_folder: Path) -> list[tuple[int, float]]:
+    return [
+        (line["step"], line["loss"])
+        for line in map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    ]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run of 40 steps without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    done = run(folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "step 40/40" in done.stdout
+    return folder
+
+
+def test_a_run_leaves_everything_a_user_looks_for(straight):
+    folder = straight / "runs" / "digits-vqa"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("config.json", "recipe.json", "tokenizer.json", "checkpoints"),
+        *("metrics.jsonl", "loss.png", "eval.json", "samples.png", "example.png", "example.txt"),
+    }
+    scores = json.loads((folder / "eval.json").read_text())
+    assert list(scores["single_digit"]) == ["accuracy", "count", "majority_baseline"]
+    assert scores["overall"]["count"] == sum(s["count"] for kind, s in scores.items() if kind != "overall")
+    assert [step for step, _ in losses(folder)] == list(range(1, 41))
+    assert losses(folder)[-1][1] < losses(folder)[0][1]
+
+
+def test_the_examples_that_need_a_run_work_beside_one(straight):
+    blocks = [
+        block
+        for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for block in BLOCK.findall(path.read_text(encoding="utf-8"))
+        if NEEDS_RUN in block
+    ]
+    assert len(blocks) >= 2
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
+        cwd=straight,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_chat_answers_the_example(straight):
+    folder = straight / "runs" / "digits-vqa"
+    arguments = [str(folder), "--image", str(folder / "example.png"), "--prompt", (folder / "example.txt").read_text()]
+    done = subprocess.run(
+        [sys.executable, "-m", "ml_mamba_jax.chat", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    model, params, tokenizer = load(folder)
+    question, image = (folder / "example.txt").read_text(), folder / "example.png"
+    (expected,) = generate(model, params, tokenizer, [question], [image], max_new_tokens=256)
+    assert done.stdout.strip() == expected
+    assert " tokens in " in done.stderr
+
+
+def test_a_killed_run_goes_on_bit_by_bit(straight, tmp_path):
+    shutil.copytree(straight / "data", tmp_path / "data")
+    process = subprocess.Popen(
+        command(tmp_path, *SMALL), cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, stdout=subprocess.DEVNULL
+    )
+    folder = tmp_path / "runs" / "digits-vqa"
+    deadline = time.monotonic() + 240
+    while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_bytes().splitlines()) < 25:
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.steps(folder) == [20]
+
+    resumed = run(tmp_path, *SMALL, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after step 20" in resumed.stdout
+    whole = straight / "runs" / "digits-vqa"
+    assert losses(folder) == losses(whole)
+    for a, b in zip(*(jax.tree.leaves(checkpoint.load_params(f)) for f in (folder, whole)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+    again = run(tmp_path, *SMALL, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "step 21/40" not in again.stdout
+    assert losses(folder) == losses(whole)
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        (["--resume", "--model.language.n-layers", "3"], 4, "another recipe (model.language.n_layers: 2 -> 3)"),
+        ([], 2, "holds a run at step 40; pass --resume to go on, or another --name"),
+        (["--name", "b", "--batch-size", "0"], 2, "batch_size: got 0, expected at least 1"),
+        (["--name", "b", "--mesh.fsdp", "3"], 2, "mesh: got data x fsdp x tensor = -1 x 3 x 1"),
+        (["--name", "b", "--micro-batches", "3"], 2, "batch_size: got 4, expected a multiple of 3"),
+        (["--name", "b", "--data.max-tokens", "5"], 2, "got no target among the first 5 of"),
+        (["--name", "b", "--data.json-file", "nowhere.json"], 2, "nowhere.json: found no such file"),
+        (["--name", "b", "--tokenizer", "./nowhere.json"], 2, "tokenizer: found no"),
+    ],
+)
+def test_wrong_input_is_one_line(straight, options, code, message):
+    done = run(straight, *SMALL, *options)
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (straight / "runs" / "b" / "checkpoints").exists()
+
+
+def test_unknown_names_get_a_suggestion(tmp_path):
+    done = run(tmp_path, preset="digit-vqa")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: unknown preset 'digit-vqa'; did you mean 'digits-vqa'? (known: digits-vqa)"
+    done = run(tmp_path, "--optim.peek-lr", "1")
+    assert done.returncode == 2
+    assert "--optim.peak-lr" in done.stderr + done.stdout
+    assert not (tmp_path / "runs").exists()
