@@ -21,10 +21,10 @@ from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import CheckpointError, InputError, NonFiniteError, one_line_errors
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.names import unknown
 from ml_mamba_jax.prompt import render
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals, plots
+from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.metrics import MetricsLog, Progress, read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
@@ -50,20 +50,10 @@ MAY_CHANGE = (
 
 def main() -> None:
     with one_line_errors():
-        config = parse(sys.argv[1:])
+        config = parse({name: (_summary(name), preset) for name, preset in PRESETS.items()}, sys.argv[1:])
         check(config)
         use_cores(config)
         train(config)
-
-
-def parse(arguments: list[str]) -> TrainConfig:
-    """The preset that is named first, with the fields that the options override."""
-    import tyro
-
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in PRESETS:
-        raise unknown("preset", arguments[0], PRESETS)
-    presets = {name: (_summary(name), preset) for name, preset in PRESETS.items()}
-    return tyro.extras.overridable_config_cli(presets, args=arguments)
 
 
 def use_cores(config: TrainConfig) -> None:

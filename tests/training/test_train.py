@@ -154,5 +154,10 @@ def test_unknown_names_get_a_suggestion(tmp_path):
     assert done.stderr.strip() == "error: unknown preset 'digit-vqa'; did you mean 'digits-vqa'? (known: digits-vqa)"
     done = run(tmp_path, "--optim.peek-lr", "1")
     assert done.returncode == 2
-    assert "--optim.peak-lr" in done.stderr + done.stdout
+    assert done.stderr.startswith("error: Unrecognized options: --optim.peek-lr, 1; did you mean --optim.peak-lr")
+    assert done.stderr.count("\n") == 1
+    done = run(tmp_path, "--steps", "many")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Error parsing --steps: invalid literal")
+    assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
