@@ -45,7 +45,7 @@ MAY_CHANGE = (
     "data.folder",
     "data.workers",
 )
-"""What a resumed run may set anew: nothing of it changes the numbers."""
+"""What a resumed run may set anew: nothing of it changes the numbers, but for the rounding of another mesh."""
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from ml_mamba_jax import checkpoint
-from ml_mamba_jax.errors import InputError, one_line_errors
+from ml_mamba_jax.errors import CheckpointError, InputError, one_line_errors
 from ml_mamba_jax.generation import Chat
 from ml_mamba_jax.image import read_image
+from ml_mamba_jax.names import unknown
 from ml_mamba_jax.sampling import Sampling
 
 HELP = """\
@@ -40,12 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_args(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        """Raises InputError for an unknown option, with the nearest one that exists."""
+        args, rest = self.parse_known_args(arguments)
+        for argument in rest:
+            if argument.startswith("-"):
+                raise unknown(
+                    "option", argument.partition("=")[0], (o for o in self._option_string_actions if o != "-h")
+                )
+        if rest:
+            self.error(f"got more than one CHECKPOINT: {' '.join(rest)}")
+        return args
+
     def error(self, message: str):
         raise InputError(f"{message}; see --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m ml_mamba_jax.chat", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = _Parser("python -m ml_mamba_jax.chat", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="folder of a run or of converted weights")
     add("--image", metavar="FILE", help="what the conversation is about")
@@ -59,15 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(folder: str) -> Chat:
-    if not (Path(folder) / checkpoint.CONFIG_FILE).is_file():
-        raise InputError(
-            f"{folder}: found no {checkpoint.CONFIG_FILE}, expected the folder of a run or of converted weights; "
-            "check the path"
-        )
     start = time.perf_counter()
     model, params, tokenizer = checkpoint.load(folder)
     if tokenizer is None:
-        raise InputError(f"{folder}: found no tokenizer.json, expected that of the model; copy it there")
+        raise CheckpointError(f"{folder}: found no tokenizer.json, expected that of the model; copy it there")
     _note(f"loaded {folder} in {time.perf_counter() - start:.1f} s")
     return Chat(model, params, tokenizer)
 

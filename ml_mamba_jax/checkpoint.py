@@ -66,8 +66,10 @@ def load_config(folder: str | Path) -> MLMambaConfig:
         )
     try:
         return serialize.from_json(MLMambaConfig, path.read_text(encoding="utf-8"), str(path))
-    except (InputError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except InputError as error:  # names the file already
+        raise CheckpointError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 def load_params(folder: str | Path, step: int | None = None, shardings: Any = None) -> dict:

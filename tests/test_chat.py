@@ -122,18 +122,20 @@ def flip_a_bit(copy):
         (["{run}", "--image", "{run}/nowhere.png"], 2, "nowhere.png: found no such image file"),
         (["{run}", "--image", "{run}/half.png"], 2, "half.png: cannot decode the image"),
         (["{run}", "--image", "{run}/config.json"], 2, "config.json: cannot decode the image"),
-        (["{run}/checkpoints"], 2, "found no config.json, expected the folder of a run or of converted weights"),
-        (["{run}/nowhere"], 2, "nowhere: found no config.json"),
+        (["{run}/checkpoints"], 4, "found no config.json, expected the folder of a run or of converted weights"),
+        (["{run}/nowhere"], 4, "nowhere: found no config.json"),
         (["{run}", "--temperature", "-1"], 2, "temperature: got -1.0"),
         (["{run}", "--temperature", "warm"], 2, "argument --temperature: invalid float value: 'warm'"),
         (["{run}", "--top-k", "0"], 2, "top_k: got 0"),
         (["{run}", "--top-p", "2"], 2, "top_p: got 2.0"),
         (["{run}", "--max-new-tokens", "0"], 2, "--max-new-tokens: got 0, expected at least 1"),
-        (["{run}", "--sedd", "1"], 2, "unrecognized arguments: --sedd 1"),
+        (["{run}", "--sedd", "1"], 2, "unknown option '--sedd'; did you mean '--seed'?"),
+        (["{run}", "--imag", "x"], 2, "unknown option '--imag'; did you mean '--image'?"),
+        (["{run}", "another"], 2, "got more than one CHECKPOINT: another"),
         ([], 2, "the following arguments are required: CHECKPOINT"),
     ],
 )
-def test_wrong_input_is_one_line_and_code_2(folder, capsys, arguments, code, message):
+def test_wrong_input_is_one_line_and_a_code(folder, capsys, arguments, code, message):
     with pytest.raises(SystemExit) as exit_:
         chat.main([*(a.format(run=folder) for a in arguments), "--prompt", "hi"])
     out, err = capsys.readouterr()
@@ -147,7 +149,7 @@ def test_wrong_input_is_one_line_and_code_2(folder, capsys, arguments, code, mes
         (flip_a_bit, 4, "the file differs from its SHA-256"),
         (lambda copy: shutil.rmtree(copy / "checkpoints"), 4, "found no checkpoint"),
         (lambda copy: (copy / "config.json").write_text("{"), 4, "config.json"),
-        (lambda copy: (copy / "tokenizer.json").unlink(), 2, "found no tokenizer.json"),
+        (lambda copy: (copy / "tokenizer.json").unlink(), 4, "found no tokenizer.json"),
         (lambda copy: (copy / "tokenizer.json").write_text("{}"), 2, "tokenizer: cannot read"),
     ],
     ids=["bit", "no step", "config", "no tokenizer", "tokenizer"],
@@ -163,5 +165,5 @@ def test_a_damaged_folder_is_one_line_and_a_code(folder, tmp_path, capsys, how, 
 def test_the_command_line_exits_with_the_code(tmp_path):
     command = [sys.executable, "-m", "ml_mamba_jax.chat", str(tmp_path), "--prompt", "hi"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
+    assert result.returncode == 4 and result.stdout == ""
     assert result.stderr.startswith(f"error: {tmp_path}: found no config.json")

@@ -101,10 +101,14 @@ def check(config: TrainConfig) -> None:
         "keep": config.keep,
         "eval_batch_size": config.eval_batch_size,
         "data.max_tokens": config.data.max_tokens,
+        "data.train_scenes": config.data.train_scenes,
+        "data.test_scenes": config.data.test_scenes,
     }
     for name, value in at_least_one.items():
         if value < 1:
             raise InputError(f"{name}: got {value}, expected at least 1")
+    if config.data.workers < 0:
+        raise InputError(f"data.workers: got {config.data.workers}, expected 0 or more")
     if not config.optim.peak_lr > 0:
         raise InputError(f"optim.peak_lr: got {config.optim.peak_lr}, expected more than 0")
     if not 0 <= config.optim.warmup < 1:

@@ -1,7 +1,10 @@
 """The log of a run survives a kill and a resumed run."""
 
+import dataclasses
+
 import pytest
 
+from configs import PRESETS
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.training.config import check
 from ml_mamba_jax.training.metrics import MetricsLog, Progress, read_metrics
@@ -47,9 +50,12 @@ def test_without_a_terminal_there_is_a_line_every_few_steps(capsys):
 
 @pytest.mark.parametrize("field, value", [("steps", 0), ("batch_size", -1), ("name", "a/b"), ("name", "")])
 def test_numbers_that_no_run_can_have_are_refused(field, value):
-    import dataclasses
-
-    from configs import PRESETS
-
     with pytest.raises(InputError, match=f"{field}: got"):
         check(dataclasses.replace(PRESETS["digits-vqa"], **{field: value}))
+
+
+@pytest.mark.parametrize("field, value", [("train_scenes", 0), ("test_scenes", 0), ("workers", -1), ("max_tokens", 0)])
+def test_numbers_that_no_data_can_have_are_refused(field, value):
+    recipe = PRESETS["digits-vqa"]
+    with pytest.raises(InputError, match=rf"data\.{field}: got {value}"):
+        check(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **{field: value})))
