@@ -1,7 +1,7 @@
 """The Mamba-2 Scan Connector: from concatenated patch features to visual tokens of the language model's width.
 
-features -> Linear + GELU -> scan blocks -> LayerNorm -> three-layer MLP. The composition is that of the released model
-(arXiv 2407.19832; the first Linear + GELU is in its code, not in the paper).
+features -> Linear + GELU -> scan blocks -> norm -> projector. The default composition is that of the released model (arXiv
+2407.19832; the first Linear + GELU is in its code, not in the paper); `ConnectorConfig.scan` names the others.
 """
 
 import flax.linen as nn
@@ -10,7 +10,8 @@ from jax import Array
 from jaxtyping import Float
 
 from ml_mamba_jax.config import ConnectorConfig
-from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, stack_layers
+from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, rms_norm, stack_layers
+from ml_mamba_jax.projector import project
 from ml_mamba_jax.scan2d import ScanMixer
 from ml_mamba_jax.typing import Hidden
 
@@ -18,7 +19,7 @@ _gelu = ACTIVATIONS["gelu"]
 
 
 class ScanBlock(nn.Module):
-    """x + mixer(x) without a norm before the mixer, then x + SwiGLU(layer_norm(x))."""
+    """One block of `ConnectorConfig.scan`: the mixer on a residual stream, in "advanced" followed by a SwiGLU."""
 
     config: ConnectorConfig
     grid: tuple[int, int]
@@ -26,8 +27,14 @@ class ScanBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Hidden, _: None) -> tuple[Hidden, None]:
-        x = x + ScanMixer(self.config, self.grid, self.dtype, name="mixer")(x)
-        return x + self._swiglu(layer_norm(self.config.norm_eps, name="norm", dtype=self.dtype)(x)), None
+        scan, eps = self.config.scan, self.config.norm_eps
+        mixer = ScanMixer(self.config, self.grid, self.dtype, name="mixer")
+        if scan == "basic":
+            return x + mixer(rms_norm(eps, name="norm", dtype=self.dtype)(x)), None
+        if scan == "vss-l2":
+            return x + mixer(_gelu(x)), None
+        x = x + mixer(x)  # without a norm before it
+        return x + self._swiglu(layer_norm(eps, name="norm", dtype=self.dtype)(x)), None
 
     def _swiglu(self, x: Hidden) -> Hidden:
         """w3(silu(w1 x) * (w2 x)), all of the model's width."""
@@ -48,19 +55,16 @@ class ScanConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "b l c"]) -> Hidden:
-        width = self.config.mixer.d_model
-        x = _gelu(dense(width, (None, "embed"), name="in_proj", dtype=self.dtype)(features))
-        blocks = stack_layers(ScanBlock, self.config.n_layers, remat=self.remat)
-        x, _ = blocks(self.config, self.grid, self.dtype, name="blocks")(x, None)
-        x = layer_norm(self.config.norm_eps, name="norm", dtype=self.dtype)(x)
-        return self._projector(x)
+        config = self.config
+        x = features if config.scan == "none" else self._scan(features)
+        return project(x, config, self.grid, self.dtype)
 
-    def _projector(self, x: Hidden) -> Hidden:
-        """d -> 4d -> d -> d with exact GELU between, Xavier-initialised."""
-        width = x.shape[-1]
-        xavier = nn.initializers.xavier_normal()
-        layers = ((4 * width, ("embed", "mlp")), (width, ("mlp", "embed")), (width, ("embed", "mlp")))
-        for i, (features, axes) in enumerate(layers):
-            x = x if i == 0 else _gelu(x)
-            x = dense(features, axes, name=f"projector_{i}", dtype=self.dtype, kernel_init=xavier)(x)
-        return x
+    def _scan(self, features: Float[Array, "b l c"]) -> Hidden:
+        config = self.config
+        x = dense(config.mixer.d_model, (None, "embed"), name="in_proj", dtype=self.dtype)(features)
+        if config.scan != "vss-l2":  # there the GELU is inside the residual branch
+            x = _gelu(x)
+        blocks = stack_layers(ScanBlock, config.n_layers, remat=self.remat)
+        x, _ = blocks(config, self.grid, self.dtype, name="blocks")(x, None)
+        norm = rms_norm if config.scan == "basic" else layer_norm
+        return norm(config.norm_eps, name="norm", dtype=self.dtype)(x)

@@ -13,6 +13,9 @@ from ml_mamba_jax.state import MambaState, init_state
 from ml_mamba_jax.typing import Hidden, Images, LastLogits, RowMask, SegmentIds, Tokens
 from ml_mamba_jax.vision import VisionEncoder
 
+FLOAT32_PARAMS = {"A_log", "D", "dt_bias"}
+"""Names of parameters that are float32 whatever `MLMambaConfig.param_dtype` says: decays are exponentials of them."""
+
 
 class MLMamba(nn.Module):
     """Encoders -> connector -> language model; the visual tokens stand before the text (arXiv 2407.19832, figure 1).
@@ -36,8 +39,10 @@ class MLMamba(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         if config.vision:
             self.vision = VisionEncoder(config.vision, dtype, self.remat)
+        if config.connector:
             self.connector = ScanConnector(config.connector, config.grid, dtype, self.remat)
-        self.language = Mamba2(config.language, dtype, self.remat)
+        if config.language:
+            self.language = Mamba2(config.language, dtype, self.remat)
 
     @nn.nowrap
     def init(self, *args, **kwargs) -> dict:
@@ -47,7 +52,14 @@ class MLMamba(nn.Module):
     @nn.nowrap
     def init_with_axes(self, *args, **kwargs) -> dict:
         """`nn.Module.init`: parameters in boxes with their logical axis names."""
-        return super().init(*args, **kwargs)
+        if self.config.language is None:
+            kwargs.setdefault("method", "features")
+        return jax.tree_util.tree_map_with_path(self._as_kept, super().init(*args, **kwargs))
+
+    @nn.nowrap
+    def _as_kept(self, path: tuple, param: Array) -> Array:
+        names = {getattr(key, "key", None) for key in path}
+        return param if names & FLOAT32_PARAMS else param.astype(self.config.param_dtype)
 
     @nn.nowrap
     def param_shapes(self) -> dict:
@@ -57,7 +69,7 @@ class MLMamba(nn.Module):
     @nn.nowrap
     def dummy_inputs(self, batch_size: int = 1, length: int = 2) -> dict:
         """Inputs of the right shapes, for `init`."""
-        inputs = {"tokens": jnp.zeros((batch_size, length), jnp.int32)}
+        inputs = {"tokens": jnp.zeros((batch_size, length), jnp.int32)} if self.config.language else {}
         if self.config.vision:
             inputs["images"] = {
                 encoder.name: jnp.zeros((batch_size, encoder.image_size, encoder.image_size, 3), jnp.uint8)
@@ -92,11 +104,18 @@ class MLMamba(nn.Module):
         """[.. d] -> float32 [.. v]."""
         return self.language.logits(hidden)
 
-    def encode_images(self, images: Images) -> Hidden:
-        """Visual tokens [b l_image d]. Raises ValueError on a language model without encoders."""
+    def features(self, images: Images) -> Float[Array, "b l_image c"]:
+        """Patch features of all encoders, row-major. Raises ValueError on a model without encoders."""
         if not self.config.vision:
             raise ValueError("images: got some, but this model has no image encoders; pass text only")
-        return self.connector(self.vision(images))
+        return self.vision(images)
+
+    def encode_images(self, images: Images) -> Hidden:
+        """Visual tokens [b l_image d]. Raises ValueError on a model without encoders or without a connector."""
+        features = self.features(images)
+        if not self.config.connector:
+            raise ValueError("images: this model has encoders only; call method='features'")
+        return self.connector(features)
 
     def prefill(
         self,

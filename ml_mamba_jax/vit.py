@@ -1,5 +1,7 @@
 """One vision transformer for every encoder: patch features of its second-to-last block."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,21 +68,31 @@ class ViT(nn.Module):
                 f"images[{config.name!r}]: got shape {tuple(pixels.shape)}, expected [b {size} {size} 3]; "
                 "prepare images with ml_mamba_jax.image.prepare_images"
             )
-        x = dense(config.width, (None, "embed"), name="patch_embed", dtype=self.dtype, kernel_init=_xavier)(
-            _patches(normalise(pixels, config).astype(self.dtype), config)
-        )
-        embedding_init = nn.initializers.normal(config.width**-0.5)
-        position = self.param("pos_embed", with_axes(embedding_init, None, "embed"), (config.n_patches, config.width))
-        x = x + position[None].astype(self.dtype)
-        n_prefix = int(config.class_token) + config.n_registers
-        if n_prefix:
-            prefix = self.param("prefix_tokens", with_axes(embedding_init, None, "embed"), (n_prefix, config.width))
-            prefix = jnp.broadcast_to(prefix.astype(self.dtype)[None], (x.shape[0], *prefix.shape))
-            x = jnp.concatenate([prefix, x], axis=1)
+        x = dense(
+            config.width,
+            (None, "embed"),
+            name="patch_embed",
+            dtype=self.dtype,
+            use_bias=not config.pre_norm,
+            kernel_init=_xavier,
+        )(_patches(normalise(pixels, config).astype(self.dtype), config))
+        x = x + self._embedding("pos_embed", config.n_patches)
+        if config.n_prefix_tokens:
+            prefix = self._embedding("prefix_tokens", config.n_prefix_tokens)
+            if config.class_position:
+                prefix = prefix.at[:, :1].add(self._embedding("class_pos_embed", 1))
+            x = jnp.concatenate([jnp.broadcast_to(prefix, (x.shape[0], *prefix.shape[1:])), x], axis=1)
+        if config.pre_norm:
+            x = layer_norm(config.norm_eps, name="pre_norm", dtype=self.dtype)(x)
         n_needed = config.depth - 1  # the features are those of the second-to-last block
         blocks = stack_layers(ViTBlock, n_needed, remat=self.remat)
         x, _ = blocks(config, self.dtype, name="blocks")(x, None)
-        return x[:, n_prefix:]
+        return x[:, config.n_prefix_tokens :]
+
+    def _embedding(self, name: str, rows: int) -> Float[Array, "1 rows d"]:
+        width = self.config.width
+        init = with_axes(nn.initializers.normal(width**-0.5), None, "embed")
+        return self.param(name, init, (rows, width)).astype(self.dtype)[None]
 
 
 def normalise(pixels: Pixels, config: ViTConfig) -> Float[Array, "b y x 3"]:
@@ -97,3 +109,17 @@ def _patches(pixels, config: ViTConfig):
     seen = pixels[:, : rows * patch, : columns * patch]
     tiles = seen.reshape(-1, rows, patch, columns, patch, 3).swapaxes(2, 3)
     return tiles.reshape(-1, rows * columns, patch * patch * 3)
+
+
+def resample_positions(positions: Float[Array, "l d"], grid: tuple[int, int]) -> Float[Array, "l_new d"]:
+    """Position embeddings of a square grid for a grid (rows, columns) of another size, in float32.
+
+    Bicubic and antialiased: what PyTorch's `interpolate(mode="bicubic", antialias=True)` computes, and with it timm when an
+    encoder reads images of another size than it was published for.
+    """
+    side = math.isqrt(positions.shape[0])
+    if (side, side) == grid:
+        return positions
+    square = positions.astype(jnp.float32).reshape(side, side, -1)
+    resampled = jax.image.resize(square, (*grid, square.shape[-1]), "cubic", antialias=True)
+    return resampled.reshape(-1, square.shape[-1])

@@ -186,7 +186,7 @@ def test_model_is_a_hashable_value():
 
 
 def test_configs_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="expected both or neither"):
+    with pytest.raises(ValueError, match="got language and vision, expected all of language, vision and connector"):
         MODEL.config.replace(connector=None)
     with pytest.raises(ValueError, match="unknown model 'ml-mamba-3bb'; did you mean 'ml-mamba-3b'"):
         MLMambaConfig.named("ml-mamba-3bb")
