@@ -4,6 +4,7 @@ A folder of a run, or of converted weights:
 
     config.json                        the model's config
     tokenizer.json                     its tokenizer
+    conversion.json                    what converted weights were made of
     checkpoints/<step>/params/         parameters, by orbax
                        optimizer/      its state, in a training run
                        progress.json   JSON values that were saved with them
@@ -16,11 +17,12 @@ manifest before anything is read.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ml_mamba_jax import serialize
@@ -34,7 +36,10 @@ CONFIG_FILE = "config.json"
 STEPS_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
+CONVERSION_FILE = "conversion.json"
 PARAMS = "params"
+CHUNK_BYTES = 2**26
+"""Arrays are written in chunks of about this size, so that reading one back takes little more memory than the array."""
 
 
 class Loaded(NamedTuple):
@@ -72,11 +77,14 @@ def load_config(folder: str | Path) -> MLMambaConfig:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
 
 
-def load_params(folder: str | Path, step: int | None = None, shardings: Any = None) -> dict:
+def load_params(
+    folder: str | Path, step: int | None = None, shardings: Any = None, *, without_encoders: bool = False
+) -> dict:
     """The parameters, a plain nested dict, on the default device or placed by a tree of `shardings`.
 
     Args:
         step: which checkpoint; default the newest.
+        without_encoders: take a converted run of ML-Mamba whose image encoders were not given; they are then left out.
 
     Raises:
         CheckpointError: no such checkpoint, a damaged file, or parameters that are not those of the folder's config.
@@ -84,10 +92,59 @@ def load_params(folder: str | Path, step: int | None = None, shardings: Any = No
     folder = Path(folder)
     model = MLMamba(load_config(folder))
     shapes = model.param_shapes()
+    if missing := missing_encoders(folder):
+        if not without_encoders:
+            raise CheckpointError(
+                f"{folder}: holds no parameters of the image encoders {', '.join(missing)}; convert again with their weights"
+            )
+        for name in missing:
+            del shapes["vision"][name]
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     return restore(folder, newest_step(folder) if step is None else step, {PARAMS: target})[PARAMS]
+
+
+class ParamsOnDisk(Mapping[str, np.ndarray]):
+    """The parameters of the newest checkpoint by path, names joined by "/". Each is read when it is asked for.
+
+    Raises:
+        CheckpointError: when it is made: no checkpoint, or a damaged file.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = (_verify(folder, newest_step(folder)) / PARAMS).absolute()
+        with _checkpointer() as checkpointer:
+            self.shapes = _by_path(checkpointer.metadata(self._path).item_metadata.tree)
+
+    def __getitem__(self, path: str) -> np.ndarray:
+        *parents, name = path.split("/")
+        shape = self.shapes[path]
+        item = {name: jax.ShapeDtypeStruct(shape.shape, shape.dtype)}
+        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        for parent in reversed(parents):
+            item, args = {parent: item}, {parent: args}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restore = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+            restored = checkpointer.restore(self._path, args=restore)
+        return jax.tree.leaves(restored)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def missing_encoders(folder: Path) -> list[str]:
+    """Image encoders of the config without parameters: a run of ML-Mamba may be converted without them."""
+    path = Path(folder) / CONVERSION_FILE
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["missing_encoders"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: the record of the conversion is damaged; convert again") from error
 
 
 def write_model(folder: Path, config: MLMambaConfig, tokenizer: Tokenizer | None) -> None:
@@ -110,7 +167,8 @@ def save(
         shutil.rmtree(left_over, ignore_errors=True)
     with _checkpointer() as checkpointer:
         for name, tree in items.items():
-            checkpointer.save((aside / name).absolute(), args=ocp.args.StandardSave(tree))
+            chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+            checkpointer.save((aside / name).absolute(), args=ocp.args.StandardSave(tree, save_args=chunks))
     serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress or {}), indent=1) + "\n")
     digests = {str(path.relative_to(aside)): _digest(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     serialize.write_text(aside / MANIFEST_FILE, json.dumps({"sha256": digests}, indent=1) + "\n")

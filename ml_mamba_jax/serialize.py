@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 def to_json(config: Any) -> str:
     """Indented JSON of a dataclass. Infinity is written as "inf", a path as its text."""
-    return json.dumps(_plain(config), indent=2) + "\n"
+    return json.dumps(plain(config), indent=2) + "\n"
 
 
 def from_json(cls: type[T], text: str, name: str) -> T:
@@ -51,11 +51,12 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [line for name, a, b in pairs for line in differences(a, b, f"{path}.{name}".lstrip("."))]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What `to_json` writes, before it is text."""
     if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,63 @@
+"""A plan as text: every tensor with what becomes of it, layers and directions folded into one line, and the findings."""
+
+import re
+from collections.abc import Iterable
+
+from ml_mamba_jax.convert.plan import Finding, Plan, table
+from ml_mamba_jax.convert.source import Source
+
+MOST_SHOWN = 60
+
+
+def describe(source: Source, plan: Plan) -> str:
+    """What was found, how each tensor is laid out, and everything that is worth a look."""
+    parts = [summary(source, plan), tensors(source, plan)]
+    if plan.findings:
+        parts.append(findings(plan.findings))
+    return "\n\n".join(parts)
+
+
+def summary(source: Source, plan: Plan) -> str:
+    n_params = sum(shape.size for shape in plan.shapes.values())
+    n_bytes = sum(shape.size * shape.dtype.itemsize for shape in plan.shapes.values())
+    counts = {}
+    for finding in plan.findings:
+        counts[finding.what] = counts.get(finding.what, 0) + 1
+    rows = [
+        ("kind", source.kind),
+        ("files", ", ".join(str(file) for file in source.files)),
+        ("tensors", f"{len(source.keys):,}, of which {len(plan.pieces):,} are used"),
+        ("parameters", f"{n_params:,} in {len(plan.shapes)} arrays, {n_bytes / 1e9:.2f} GB"),
+        ("findings", ", ".join(f"{n} {what}" for what, n in counts.items()) or "none"),
+    ]
+    return table(rows)
+
+
+def tensors(source: Source, plan: Plan) -> str:
+    """One line for each kind of tensor: `{i}` stands for the layers."""
+    folded: dict[tuple[str, ...], list[str]] = {}
+    for key, pieces in plan.pieces.items():
+        info = source.info(key)
+        for piece in pieces:
+            row = (_fold(key), str(list(info.shape)), str(info.dtype), piece.how, _fold(piece.where))
+            folded.setdefault(row, []).append(key)
+    rows = [("tensor", "shape", "dtype", "transform", "parameter", "")]
+    rows += [(*row, f"x {len(keys)}" if len(keys) > 1 else "") for row, keys in folded.items()]
+    return table(rows)
+
+
+def findings(found: Iterable[Finding]) -> str:
+    """The findings, problems first; equal ones of several layers are one line."""
+    folded: dict[tuple[str, str, str, str], int] = {}
+    for finding in sorted(found, key=lambda f: not f.is_problem):
+        row = ("problem" if finding.is_problem else "", finding.what, _fold(finding.key), _fold(finding.detail))
+        folded[row] = folded.get(row, 0) + 1
+    rows = [(*row, f"x {n}" if n > 1 else "") for row, n in folded.items()]
+    more = f"\n... and {len(rows) - MOST_SHOWN} more" if len(rows) > MOST_SHOWN else ""
+    return table(rows[:MOST_SHOWN]) + more
+
+
+def _fold(text: str) -> str:
+    """Numbers of layers -> {i}."""
+    text = re.sub(r"\b(layers?|blocks)\.\d+\.", r"\1.{i}.", text)
+    return re.sub(r"(blocks/[a-zA-Z_/]+\[)\d+", r"\1i", text)

@@ -1,0 +1,195 @@
+"""What is converted: weights of one or several files under the keys of a table, with the config they belong to."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+from ml_mamba_jax.config import VISION_ENCODERS, MLMambaConfig
+from ml_mamba_jax.convert.families import FAMILIES, detect, prefix_of, read_config
+from ml_mamba_jax.convert.pieces import Piece
+from ml_mamba_jax.convert.weight_files import TensorInfo, WeightFiles, open_weights
+from ml_mamba_jax.errors import ConvertError
+from ml_mamba_jax.names import unknown
+from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
+
+CONFIG_FILE = "config.json"
+RUN_CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
+WRAPPERS = ("state_dict", "model", "teacher", "module")
+"""Dictionaries inside which a state dict may be saved."""
+
+
+class Opened(NamedTuple):
+    """The tensors of one file or folder under their own names."""
+
+    path: Path
+    kind: str
+    weights: WeightFiles
+    names: dict[str, str]
+    """Key, without wrapper, -> name in `weights`."""
+    prefix: str
+    """Before the names of the family's table, in every key that is needed."""
+
+    @property
+    def config_path(self) -> Path:
+        if self.kind == "ml-mamba":
+            return self.path / CONFIG_FILE if self.path.is_dir() else self.path.parent.parent / CONFIG_FILE
+        return (self.path if self.path.is_dir() else self.path.parent) / CONFIG_FILE
+
+    def read_config(self) -> MLMambaConfig:
+        shapes = {key.removeprefix(self.prefix): self.weights.info(name).shape for key, name in self.names.items()}
+        text = self.config_path.read_text(encoding="utf-8") if self.config_path.is_file() else None
+        return read_config(self.kind, text, shapes, self.config_path)
+
+    def not_needed(self, config: MLMambaConfig) -> set[str]:
+        """Keys that the model has no use for: those behind the last layer that it runs, and other models in the same file."""
+        pattern = re.compile(FAMILIES[self.kind].not_needed(config))
+        inside = {key: key.removeprefix(self.prefix) for key in self.names if key.startswith(self.prefix)}
+        return {key for key in self.names if key not in inside or pattern.match(inside[key])}
+
+
+class Source:
+    """Everything that goes into one conversion. Close it, or use it as a context manager."""
+
+    def __init__(self, kind: str, path: Path, config: MLMambaConfig, tokenizer: Path | None):
+        self.kind, self.path, self.config, self.tokenizer = kind, path, config, tokenizer
+        self.pieces: list[Piece] = []
+        self.not_needed: set[str] = set()
+        self._tensors: dict[str, tuple[WeightFiles, str]] = {}
+        self._opened: list[WeightFiles] = []
+
+    def add(self, opened: Opened, pieces: Sequence[Piece], not_needed: set[str], name: str = "") -> None:
+        """Add the tensors of a file; `name` stands before its keys and those of its pieces."""
+        self._opened.append(opened.weights)
+        self.pieces += [piece._replace(key=name + piece.key) for piece in pieces]
+        self.not_needed |= {name + key for key in not_needed}
+        self._tensors |= {name + key: (opened.weights, own) for key, own in opened.names.items()}
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def info(self, key: str) -> TensorInfo:
+        weights, name = self._tensors[key]
+        return weights.info(name)
+
+    def read(self, key: str) -> np.ndarray:
+        """A view of the mapped file."""
+        weights, name = self._tensors[key]
+        return weights[name]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for weights in self._opened for file in weights.files]
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for weights in self._opened:
+            weights.close()
+
+
+def open_source(
+    path: str | Path,
+    kind: str | None = None,
+    *,
+    encoder: str | None = None,
+    vision: Sequence[str | Path] = (),
+    tokenizer: str | Path | None = None,
+) -> Source:
+    """Look into a file or folder of PyTorch weights: what they are, their config, and which tensor is which parameter.
+
+    Args:
+        kind: one of `FAMILIES`; default: what the tensors tell.
+        encoder: a name of `VISION_ENCODERS` that an encoder alone is converted for, for example at another image size.
+        vision: files or folders with the encoders of a run of ML-Mamba, in any order.
+        tokenizer: a tokenizer.json to go with the weights; default: the one beside them, if there is one.
+
+    Raises:
+        ConvertError: files that cannot be read or are of no known kind, or encoders that do not belong to the run.
+    """
+    path = Path(path)
+    opened = _open(path, kind)
+    try:
+        config = opened.read_config()
+    except BaseException:
+        opened.weights.close()
+        raise
+    if encoder is not None:
+        if config.language is not None:
+            raise ConvertError(f"{path}: got encoder {encoder} for a {opened.kind}, expected it for an encoder alone")
+        if encoder not in VISION_ENCODERS:
+            raise unknown("encoder", encoder, VISION_ENCODERS)
+        config = config.replace(vision=(VISION_ENCODERS[encoder],))
+    if vision and opened.kind != "ml-mamba":
+        raise ConvertError(f"{path}: got vision weights for a {opened.kind}, expected them for a run of ML-Mamba only")
+    source = Source(opened.kind, path, config, _find_tokenizer(opened, tokenizer))
+    source.add(opened, FAMILIES[opened.kind].pieces(config, opened.prefix), opened.not_needed(config))
+    try:
+        for vision_path in vision:
+            _add_encoder(source, Path(vision_path))
+    except BaseException:
+        source.__exit__(None, None, None)
+        raise
+    return source
+
+
+def _open(path: Path, kind: str | None) -> Opened:
+    run = path / RUN_CHECKPOINT
+    weights = open_weights(run if run.is_file() else path)
+    names = _without_wrapper(weights)
+    try:
+        if kind is None:
+            kind, prefix = detect(names, path)
+        else:
+            prefix = prefix_of(kind, names, path)
+    except BaseException:
+        weights.close()
+        raise
+    return Opened(path, kind, weights, names, prefix)
+
+
+def _without_wrapper(weights: WeightFiles) -> dict[str, str]:
+    """Key -> name in the file. `{"state_dict": {...}}` loses its first level; a run of ML-Mamba keeps all of its own."""
+    for wrapper in WRAPPERS:
+        inside = {name.removeprefix(f"{wrapper}/"): name for name in weights if name.startswith(f"{wrapper}/")}
+        if inside and not any("/" in key for key in inside):
+            return inside
+    return {name: name for name in weights}
+
+
+def _add_encoder(source: Source, path: Path) -> None:
+    """Add the weights of one of the encoders of a run, which keep the run's own config (image size and activation)."""
+    opened = _open(path, None)
+    found = opened.read_config().vision
+    if not found:
+        raise ConvertError(f"{path}: got a {opened.kind}, expected the weights of an image encoder")
+    mine = {encoder.name: encoder for encoder in source.config.vision}
+    if found[0].name not in mine:
+        raise ConvertError(f"{path}: got a {found[0].name} encoder, expected one of the run's: {', '.join(mine)}")
+    encoder = mine[found[0].name]
+    if any(piece.path.startswith(f"vision/{encoder.name}/") for piece in source.pieces):
+        raise ConvertError(f"{path}: got a second {encoder.name} encoder, expected one")
+    alone = MLMambaConfig(language=None, vision=(encoder,))
+    source.add(opened, FAMILIES[opened.kind].pieces(alone, opened.prefix), opened.not_needed(alone), f"{encoder.name}:")
+
+
+def _find_tokenizer(opened: Opened, given: str | Path | None) -> Path | None:
+    if given is not None:
+        path = Path(given)
+        path = path / TOKENIZER_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise ConvertError(f"{path}: found no such tokenizer, expected a {TOKENIZER_FILE}")
+        return path
+    beside = opened.config_path.parent / TOKENIZER_FILE
+    return beside if beside.is_file() else None
+
+
+def missing_encoders(source: Source) -> list[str]:
+    """Names of the encoders of a run whose weights were not given."""
+    filled = {piece.path.split("/")[1] for piece in source.pieces if piece.path.startswith("vision/")}
+    return [encoder.name for encoder in source.config.vision if encoder.name not in filled]

@@ -1,0 +1,161 @@
+"""PyTorch weights -> a folder that `load_params`, `train.py` and `chat` take."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ml_mamba_jax import checkpoint, serialize
+from ml_mamba_jax.convert.pieces import Piece
+from ml_mamba_jax.convert.plan import Finding, Plan, unflatten
+from ml_mamba_jax.convert.report import findings as as_table
+from ml_mamba_jax.convert.source import Source, missing_encoders
+from ml_mamba_jax.errors import ConvertError, InputError
+from ml_mamba_jax.tokenizer import Tokenizer
+from ml_mamba_jax.vit import resample_positions
+
+ALIGNMENT = 64
+"""Bytes."""
+
+
+def assemble(source: Source, plan: Plan, *, keep: bool = True, progress: bool = False) -> dict[str, np.ndarray]:
+    """Read every tensor once, and lay it where it belongs: the parameters by path.
+
+    Each parameter is allocated once in its final dtype, and tensors are read from the mapped files straight into it: memory grows
+    to the size of the parameters and no further.
+
+    Args:
+        keep: False only looks at the numbers, and returns nothing.
+        progress: show a bar with bytes read and their rate on stderr.
+
+    Raises:
+        ConvertError: tensors that do not fit, are not finite (also after a cast to a narrower dtype), or should be equal and are
+            not; all of them in one table.
+    """
+    problems = list(plan.problems)
+    params: dict[str, np.ndarray] = {}
+    if not problems:
+        for key, pieces in _with_progress(source, plan, progress):
+            tensor = source.read(key)
+            for piece in pieces:
+                shape = plan.shapes[piece.path]
+                if keep and piece.path not in params:
+                    params[piece.path] = _zeros(shape.shape, shape.dtype)
+                problems += _place(key, piece, tensor, params.get(piece.path), shape.dtype)
+    if problems:
+        raise ConvertError(f"{source.path}: {len(problems)} problems, nothing was written\n{as_table(problems)}")
+    return params
+
+
+def _place(key: str, piece: Piece, tensor: np.ndarray, parameter: np.ndarray | None, dtype: np.dtype) -> list[Finding]:
+    """Lay one tensor, or a part of it, into its parameter. Without a parameter: only look."""
+    values = piece.layout.to_jax(tensor[piece.source])
+    if parameter is None:
+        is_finite = np.isfinite(values.astype(dtype, copy=False)).all()
+        return [] if is_finite else [Finding("not finite", key, f"NaN or infinity as {dtype}", True)]
+    region = piece.region(parameter)
+    if piece.tied:
+        is_equal = region.shape == values.shape and np.array_equal(region, values.astype(dtype, copy=False))
+        return [] if is_equal else [Finding("tied", key, f"differs from {piece.where}, expected equal numbers", True)]
+    if piece.resampled and values.shape != region.shape:
+        side = round(region.shape[0] ** 0.5)
+        values = np.asarray(resample_positions(jnp.asarray(values, jnp.float32), (side, side)))
+    region[...] = region + values if piece.added else values
+    if not np.isfinite(region).all():
+        return [Finding("not finite", key, f"NaN or infinity as {dtype}", True)]
+    return []
+
+
+def write(source: Source, plan: Plan, params: Mapping[str, np.ndarray], out: Path) -> None:
+    """Write the folder aside, and rename it when it is whole: killed at any point, `out` is absent or complete.
+
+    Raises:
+        InputError: `out` exists.
+    """
+    check_absent(out)
+    with aside(out) as folder:
+        tokenizer = None if source.tokenizer is None else Tokenizer.from_pretrained(source.tokenizer)
+        checkpoint.write_model(folder, source.config, tokenizer)
+        # orbax copies NumPy's arrays, but not JAX's; these share their memory with ours.
+        tree = jax.device_put(unflatten(dict(params)), jax.devices("cpu")[0], may_alias=True)
+        checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
+        serialize.write_text(folder / checkpoint.CONVERSION_FILE, json.dumps(record(source, plan), indent=1) + "\n")
+
+
+def check_absent(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"{out}: exists already; name another folder or remove it")
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its name when the block ends well, and is removed when it does not."""
+    folder = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # of a conversion that was killed
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        folder.rename(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def record(source: Source, plan: Plan) -> dict:
+    """What was done, as JSON: source files with their SHA-256, and what became of every tensor."""
+    tensors = []
+    for key, pieces in plan.pieces.items():
+        info = source.info(key)
+        for piece in pieces:
+            tensors.append(
+                {
+                    "key": key,
+                    "file": info.file.name,
+                    "shape": list(info.shape),
+                    "dtype": str(info.dtype),
+                    "transform": piece.how,
+                    "parameter": piece.where,
+                }
+            )
+    return {
+        "kind": source.kind,
+        "source": source.path.name,
+        "files": {str(file.name): _sha256(file) for file in source.files},
+        "param_dtype": source.config.param_dtype,
+        "missing_encoders": missing_encoders(source),
+        "tensors": tensors,
+        "findings": [finding._asdict() for finding in plan.findings],
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Aligned so that JAX takes it for its own on a CPU without copying."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(n_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def _with_progress(source: Source, plan: Plan, show: bool) -> Iterator[tuple[str, list[Piece]]]:
+    from tqdm import tqdm
+
+    # Tied tensors are compared with what the others have filled.
+    in_order = sorted(plan.pieces.items(), key=lambda item: item[1][0].tied)
+    total = sum(source.read(key).nbytes for key, _ in in_order)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not show) as bar:
+        for key, pieces in in_order:
+            yield key, pieces
+            bar.update(source.read(key).nbytes)

@@ -1,0 +1,259 @@
+"""A folder of ours -> PyTorch weights, by the same tables read backwards."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import ml_dtypes
+import numpy as np
+
+from ml_mamba_jax import checkpoint, serialize
+from ml_mamba_jax.config import LANGUAGE_MODELS, VISION_BACKBONES, MLMambaConfig
+from ml_mamba_jax.convert import tables
+from ml_mamba_jax.convert.families import OWN_CONFIG
+from ml_mamba_jax.convert.pieces import Piece, by_key, torch_shape
+from ml_mamba_jax.convert.source import CONFIG_FILE, RUN_CHECKPOINT
+from ml_mamba_jax.convert.to_jax import aside, check_absent
+from ml_mamba_jax.errors import ConvertError
+from ml_mamba_jax.names import unknown
+from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
+
+Form = Literal["hf-mamba2", "timm-vit", "ml-mamba"]
+SHARD_BYTES = 10**9
+"""Files of safetensors are about this large at most: so much memory is needed besides the parameters."""
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Tensor(NamedTuple):
+    """One tensor to write: how to make it, and what it will be."""
+
+    key: str
+    pieces: list[Piece]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def default_form(config: MLMambaConfig) -> Form:
+    """What a folder is written as when nobody says: the form of what it holds."""
+    if config.language is None:
+        return "timm-vit"
+    return "hf-mamba2" if config.connector is None else "ml-mamba"
+
+
+def write(folder: Path, out: Path, form: Form | None = None, dtype: str | None = None) -> list[Path]:
+    """Write the newest checkpoint of `folder` as PyTorch weights into `out`, and return the files with weights.
+
+    hf-mamba2 is the language model for transformers; timm-vit one safetensors file per encoder; ml-mamba a run of ML-Mamba:
+    config.json and checkpoints/latest-checkpoint.pt, with the encoders in files of their own beside it.
+
+    Args:
+        dtype: of all tensors. Default: that of each tensor in the weights that `folder` was converted from, else the folder's.
+
+    Raises:
+        ConvertError: a form that the folder has no parts for. CheckpointError: a folder that is no checkpoint.
+    """
+    config = checkpoint.load_config(folder)
+    form = form or default_form(config)
+    _check_parts(config, form, folder)
+    check_absent(out)
+    params = checkpoint.ParamsOnDisk(folder)
+    choose = _dtype_of(folder, dtype)
+    with aside(out) as target:
+        if form == "hf-mamba2":
+            pieces = [piece for piece in tables.mamba2(config.language, embedding="embeddings") if not piece.tied]
+            _write_safetensors(_tensors(pieces, params, choose), params, target)
+            serialize.write_text(target / CONFIG_FILE, _as_text(_hf_mamba2_config(config)))
+        elif form == "ml-mamba":
+            _write_torch(_tensors(tables.ml_mamba(config), params, choose), params, target / RUN_CHECKPOINT)
+            serialize.write_text(target / CONFIG_FILE, _as_text(_run_config(config)))
+        if form != "hf-mamba2":
+            for encoder in config.vision:
+                if f"vision/{encoder.name}/pos_embed" not in params.shapes:
+                    continue
+                # An encoder alone is the folder; those of a run stand beside its checkpoint, which never holds them.
+                place = target if form == "timm-vit" and len(config.vision) == 1 else target / "vision" / encoder.name
+                _write_safetensors(_tensors(tables.timm_vit(encoder), params, choose), params, place)
+                alone = MLMambaConfig(language=None, vision=(encoder,))
+                serialize.write_text(place / CONFIG_FILE, _as_text({OWN_CONFIG: serialize.plain(alone)}))
+        if (folder / TOKENIZER_FILE).is_file() and form != "timm-vit":
+            shutil.copyfile(folder / TOKENIZER_FILE, target / TOKENIZER_FILE)
+        written = [path.relative_to(target) for path in sorted(target.rglob("*")) if path.is_file()]
+    return [out / path for path in written]
+
+
+def _check_parts(config: MLMambaConfig, form: Form, folder: Path) -> None:
+    if form not in get_args(Form):
+        raise unknown("form", form, get_args(Form))
+    needed = {
+        "hf-mamba2": ("language",),
+        "timm-vit": ("vision",),
+        "ml-mamba": ("language", "connector"),
+    }[form]
+    if absent := [part for part in needed if not getattr(config, part)]:
+        raise ConvertError(f"{folder}: holds no {' and no '.join(absent)}, which {form} needs; choose another form")
+
+
+def _dtype_of(folder: Path, dtype: str | None) -> Callable[[str, np.dtype], np.dtype]:
+    """(key, dtype of the parameter) -> dtype of the tensor."""
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        return lambda key, own: DTYPES[dtype]
+    record = folder / checkpoint.CONVERSION_FILE
+    original = {}
+    if record.is_file():
+        tensors = json.loads(record.read_text(encoding="utf-8"))["tensors"]
+        # Encoders had their name before their keys, and a language model may have had another word for the embedding.
+        original = {_neutral(tensor["key"]): tensor["dtype"] for tensor in tensors}
+    return lambda key, own: DTYPES.get(original.get(_neutral(key), ""), own)
+
+
+def _neutral(key: str) -> str:
+    return key.split(":")[-1].removeprefix("model/llm_backbone/").replace("backbone.embeddings.", "backbone.embedding.")
+
+
+def _tensors(
+    pieces: Iterable[Piece], params: checkpoint.ParamsOnDisk, choose: Callable[[str, np.dtype], np.dtype]
+) -> list[Tensor]:
+    """The tensors of a table, those of one parameter after the other, the largest parameter first.
+
+    In this order at most one parameter has to be in memory besides the tensors, and that one while there are few of these.
+    """
+    tensors = []
+    for key, parts in by_key(pieces).items():
+        shapes = {piece.path: tuple(params.shapes[piece.path].shape) for piece in parts}
+        own = np.dtype(params.shapes[parts[0].path].dtype)
+        tensors.append(Tensor(key, parts, torch_shape(parts, shapes), choose(key, own)))
+    sizes = {path: math.prod(shape.shape) for path, shape in params.shapes.items()}
+    return sorted(tensors, key=lambda tensor: (-sizes[tensor.pieces[0].path], tensor.pieces[0].path))
+
+
+def _made(tensors: Iterable[Tensor], params: checkpoint.ParamsOnDisk) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Each tensor as a contiguous array of its own."""
+    from tqdm import tqdm
+
+    at_hand: dict[str, np.ndarray] = {}
+    tensors = list(tensors)
+    with tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+        for tensor in tensors:
+            paths = {piece.path for piece in tensor.pieces}
+            at_hand = {path: at_hand[path] if path in at_hand else params[path] for path in paths}
+            made = np.empty(tensor.shape, tensor.dtype)
+            for piece in tensor.pieces:
+                made[piece.source] = piece.layout.to_torch(piece.region(at_hand[piece.path]))
+            yield tensor, made
+            bar.update(tensor.nbytes)
+
+
+def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, folder: Path) -> None:
+    """model.safetensors, or several shards and their index, as transformers reads them."""
+    from safetensors.numpy import save_file
+
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = {}
+    made = _made(tensors, params)
+    for i, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {tensor.key: array for _, (tensor, array) in zip(shard, made, strict=False)}
+        save_file(arrays, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(arrays, name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors)
+        text = _as_text({"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))})
+        serialize.write_text(folder / "model.safetensors.index.json", text)
+
+
+def _write_torch(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, path: Path) -> None:
+    """`{"model": {"llm_backbone": {...}, "mlp": {...}, ...}}` with the tensors in the order of the table."""
+    import torch
+
+    arrays = {}
+    for tensor, array in _made(tensors, params):
+        if array.dtype == DTYPES["bfloat16"]:  # torch knows no such NumPy dtype
+            arrays[tensor.key] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            arrays[tensor.key] = torch.from_numpy(array)
+    nested: dict = {}
+    for key in sorted(arrays, key=_in_run_order):
+        *parents, name = key.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = arrays[key]
+    path.parent.mkdir(parents=True)
+    torch.save(nested, path)
+
+
+def _in_run_order(key: str) -> list:
+    """Sorts keys with their numbers as numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def _hf_mamba2_config(config: MLMambaConfig) -> dict:
+    language, mixer = config.language, config.language.mixer
+    return {
+        "architectures": ["Mamba2ForCausalLM"],
+        "model_type": "mamba2",
+        "hidden_size": mixer.d_model,
+        "num_heads": mixer.n_heads,
+        "head_dim": mixer.head_dim,
+        "state_size": mixer.d_state,
+        "conv_kernel": mixer.d_conv,
+        "expand": mixer.expand,
+        "n_groups": mixer.n_groups,
+        "norm_before_gate": mixer.norm_before_gate,
+        "rms_norm": True,
+        "chunk_size": mixer.chunk_size or 256,
+        "time_step_limit": list(mixer.dt_limit),
+        "num_hidden_layers": language.n_layers,
+        "vocab_size": language.padded_vocab_size,
+        "layer_norm_epsilon": language.norm_eps,
+        "tie_word_embeddings": language.tie_embeddings,
+        "residual_in_fp32": language.residual_in_float32,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        OWN_CONFIG: serialize.plain(MLMambaConfig(language=language, dtype=config.dtype)),
+    }
+
+
+def _run_config(config: MLMambaConfig) -> dict:
+    """The fields that the reference reads, where its ids have a word for this model; and the whole of our config."""
+    language = next((name for name, known in LANGUAGE_MODELS.items() if known == config.language), None)
+    vision = next((name for name, known in VISION_BACKBONES.items() if known == config.vision), None)
+    return {
+        "model": {
+            "model_id": "mlmamba+3b",
+            "arch_specifier": f"no-align+{config.connector.projector}",
+            "llm_backbone_id": language,
+            "vision_backbone_id": vision,
+            "image_resize_strategy": config.resize,
+            "llm_max_length": 2048,
+        },
+        OWN_CONFIG: serialize.plain(config),
+    }
+
+
+def _as_text(value: dict) -> str:
+    return json.dumps(value, indent=2) + "\n"
