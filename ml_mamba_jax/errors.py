@@ -14,6 +14,10 @@ class InputError(ValueError):
     exit_code = 2
 
 
+class ConvertError(InputError):
+    """Weights that cannot be converted. Exit code 2."""
+
+
 class NonFiniteError(ArithmeticError):
     """A loss or gradient that is NaN or infinite. Exit code 3."""
 

@@ -1,0 +1,1 @@
+"""From PyTorch weights to this library's parameters, and back."""
