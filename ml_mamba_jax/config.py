@@ -119,6 +119,9 @@ class ViTConfig:
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
     """Pixels in [0, 1] are normalised as (pixel - mean) / std, channels RGB."""
+    crop_fraction: float = 1.0
+    """`resize-crop` and `letterbox` first scale the shorter side to floor(image_size / crop_fraction), then crop: 0.9 for
+    clip-vit-b, 1.0 for all others."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -155,6 +158,8 @@ class MLMambaConfig:
     connector: ConnectorConfig | None = None
     resize: Resize = "resize-naive"
     """How an image becomes a square: squeezed, centre-cropped, or padded with each encoder's mean colour."""
+    prompt_format: Literal["zephyr", "mamba", "pure"] = "zephyr"
+    """How conversations are written as text, names from `ml_mamba_jax.prompt.FORMATS`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Compute dtype. Parameters, step sizes, decays and states are float32 regardless."""
 
