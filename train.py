@@ -112,6 +112,7 @@ def loop(config, folder, model, optimizer, mesh, state: TrainState, source, toke
         seed=config.seed,
         first=first,
         last=config.steps,
+        form=config.data.form,
         workers=config.data.workers,
     )
     log = MetricsLog(folder / "metrics.jsonl", first)
@@ -199,20 +200,21 @@ def open_data(config: TrainConfig) -> dict[str, RecordSource]:
 
 def open_tokenizer(config: TrainConfig, folder: Path, source: RecordSource, resumed_step: int) -> Tokenizer:
     """The recipe's tokenizer, or one trained on the training text; a resumed run keeps its own."""
-    vocab_size = config.model.language.vocab_size
+    vocab_size, prompt_format = config.model.language.vocab_size, config.model.prompt_format
     if resumed_step:
         return Tokenizer.from_pretrained(folder)
     if config.tokenizer is not None:
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     else:
         records = (source[i] for i in range(0, len(source), -(-len(source) // TOKENIZER_RECORDS)))
-        texts = (piece.text for record in records for piece in render(record.turns))
-        tokenizer = Tokenizer.train(texts, vocab_size)
+        texts = (piece.text for record in records for piece in render(record.turns, prompt_format))
+        tokenizer = Tokenizer.train(texts, vocab_size, prompt_format)
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
             f"tokenizer: got {tokenizer.vocab_size} entries, expected at most the model's {vocab_size}; "
             f"pass --model.language.vocab-size {tokenizer.vocab_size}"
         )
+    tokenizer.end_id(prompt_format)  # only for its check
     return tokenizer
 
 

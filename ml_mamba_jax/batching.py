@@ -10,23 +10,22 @@ from jaxtyping import Bool, Int, UInt8
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.image import prepare_images, read_image, stack_pixels
-from ml_mamba_jax.prompt import Turn, prompt, render
+from ml_mamba_jax.image import prepare_images, read_image, stack_pixels, upright_rgb
+from ml_mamba_jax.prompt import Turn, render_question
 from ml_mamba_jax.tokenizer import Tokenizer
 
 SHORTEST_BUCKET = 32
 """Prompts are padded to this many tokens, or twice, four times ... as many: few lengths, hence few compilations."""
 
 
-def encode_turns(tokenizer: Tokenizer, turns: str | Sequence[Turn]) -> list[int]:
+def encode_turns(tokenizer: Tokenizer, turns: str | Sequence[Turn], format: str = "zephyr") -> list[int]:
     """Token ids of a question, or of a conversation that ends with one; each turn tokenised on its own, as in training.
 
     Raises:
         ValueError: turns that do not alternate or do not end with a question.
     """
-    turns = [Turn("human", turns)] if isinstance(turns, str) else turns
-    prompt(turns)  # only for its checks
-    return [i for piece in render(turns) for i in tokenizer.encode(piece.text)]
+    ids, _ = tokenizer.encode_pieces(render_question(turns, format))
+    return ids
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Array, "b l"], Int[Array, "b"]]:
@@ -60,11 +59,13 @@ def stack_images(
 def _decoded(image):
     if isinstance(image, str | Path):
         return read_image(image)
-    if isinstance(image, np.ndarray | Array):
-        from PIL import Image
+    from PIL import Image
 
+    if isinstance(image, np.ndarray | Array):
         pixels = np.asarray(image)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise InputError(f"image: got {pixels.dtype} {pixels.shape}, expected uint8 pixels [y x 3]")
         return Image.fromarray(pixels)
-    return image
+    if not isinstance(image, Image.Image):
+        raise InputError(f"image: got {type(image).__name__}, expected a file name, PIL.Image or uint8 pixels [y x 3]")
+    return upright_rgb(image)

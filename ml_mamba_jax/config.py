@@ -200,6 +200,8 @@ class MLMambaConfig:
     connector: ConnectorConfig | None = None
     resize: Resize = "resize-naive"
     """How an image becomes a square: squeezed, centre-cropped, or padded with each encoder's mean colour."""
+    prompt_format: Literal["zephyr", "mamba", "pure"] = "zephyr"
+    """How conversations are written as text, names from `ml_mamba_jax.prompt.FORMATS`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Compute dtype. Step sizes, decays and states are float32 regardless."""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -146,9 +146,10 @@ def generate(
     """Answer a batch of questions or conversations, each with an image or without.
 
     Args:
-        prompts: a question, or the turns of a conversation that ends with a human turn. The chat format is added here.
+        prompts: a question, or the turns of a conversation that ends with a human turn; the marks of the config's prompt
+            format are added here.
         images: for each prompt a file name, a `PIL.Image`, uint8 pixels [y x 3], or None.
-        stop_ids: tokens that end an answer. Default: the end of text.
+        stop_ids: tokens that end an answer. Default: the end of a turn in the prompt format.
 
     Returns:
         The answers in the order of the prompts, without white space around them.
@@ -163,7 +164,7 @@ def generate(
     images = [None] * len(prompts) if images is None else list(images)
     if not prompts or len(images) != len(prompts):
         raise InputError(f"got {len(prompts)} prompts and {len(images)} images, expected as many of both, at least one")
-    rows = [encode_turns(tokenizer, turns) for turns in prompts]
+    rows = [encode_turns(tokenizer, turns, model.config.prompt_format) for turns in prompts]
     written, counts, state = generate_tokens(
         model,
         params,
@@ -172,7 +173,7 @@ def generate(
         jax.random.key(seed),
         max_new_tokens=_at_least_one(max_new_tokens),
         sampling=sampling,
-        stop_ids=_stop_ids(stop_ids, tokenizer),
+        stop_ids=_stop_ids(stop_ids, tokenizer, model.config),
         vocab_size=_vocab_size(tokenizer, model.config),
     )
     _check_finite(state)
@@ -197,7 +198,7 @@ def stream(
         model,
         params,
         tokenizer,
-        encode_turns(tokenizer, question),
+        encode_turns(tokenizer, question, model.config.prompt_format),
         image,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -234,7 +235,7 @@ class Answer:
             params,
             key=jax.random.key(seed),
             sampling=sampling,
-            stop_ids=_stop_ids(stop_ids, tokenizer),
+            stop_ids=_stop_ids(stop_ids, tokenizer, model.config),
             vocab_size=_vocab_size(tokenizer, model.config),
         )
         self._decoding = begin(
@@ -310,6 +311,7 @@ class Chat:
 
     def __init__(self, model: MLMamba, params: dict, tokenizer: Tokenizer):
         _vocab_size(tokenizer, model.config)
+        self._end_id = tokenizer.end_id(model.config.prompt_format)
         self._model, self._params, self._tokenizer = model, params, tokenizer
         self.reset()
 
@@ -348,9 +350,9 @@ class Chat:
                 "image: got one in the middle of a conversation, expected it with the first question; call reset first"
             )
         turns = [*self.turns, Turn("human", text)]
-        ids = self._tokenizer.encode(render(turns)[-1].text)
-        if self.turns:  # the answer before ends with the end of text, which was at best chosen, but never read
-            ids = [self._tokenizer.eos_id, *ids]
+        ids = self._tokenizer.encode(render(turns, self._model.config.prompt_format)[-1].text)
+        if self.turns:  # the answer before ends with the end of a turn, which was at best chosen, but never read
+            ids = [self._end_id, *ids]
         answer = Answer(
             self._model,
             self._params,
@@ -370,8 +372,8 @@ class Chat:
             self.answer_ids, self.state = answer.ids, answer.state
 
 
-def _stop_ids(stop_ids: Sequence[int] | None, tokenizer: Tokenizer) -> tuple[int, ...]:
-    return (tokenizer.eos_id,) if stop_ids is None else tuple(int(i) for i in stop_ids)
+def _stop_ids(stop_ids: Sequence[int] | None, tokenizer: Tokenizer, config: MLMambaConfig) -> tuple[int, ...]:
+    return (tokenizer.end_id(config.prompt_format),) if stop_ids is None else tuple(int(i) for i in stop_ids)
 
 
 def _vocab_size(tokenizer: Tokenizer, config: MLMambaConfig) -> int:

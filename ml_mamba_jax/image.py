@@ -1,6 +1,11 @@
-"""From an image file to the pixels an encoder sees. Pillow's bicubic filter, as the PyTorch original uses it."""
+"""From an image file to the pixels an encoder sees. Pillow's bicubic filter, as the PyTorch original uses it.
+
+`resize-naive` squeezes the picture into the encoder's square. `resize-crop` scales the shorter side and cuts out the middle.
+`letterbox` first pads to a square with the encoder's mean colour.
+"""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +17,18 @@ from ml_mamba_jax.errors import InputError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can hold a very large one."""
+MAX_PIXELS_BETWEEN = 4 * MAX_PIXELS
+"""The same for what an image becomes on its way to the square: letterbox makes much of a thin line."""
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file. Raises InputError, naming it, for one that is missing or may not be read."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: found no such image file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the image file: {error.strerror}") from error
 
 
 def read_image(source: str | Path | bytes, name: str | None = None):
@@ -22,20 +39,18 @@ def read_image(source: str | Path | bytes, name: str | None = None):
     Raises:
         InputError: missing, damaged, of another format than `FORMATS`, or with more than `MAX_PIXELS`; names the file.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
+    data = source if isinstance(source, bytes) else read_file(source)
     name = name or ("image" if isinstance(source, bytes) else str(source))
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise InputError(f"{name}: found no such image file")
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise InputError(
                 f"{name}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; make the image smaller"
             )
         image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return upright_rgb(image)
     except InputError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -45,17 +60,39 @@ def read_image(source: str | Path | bytes, name: str | None = None):
         ) from error
 
 
-def prepare_images(image, config: MLMambaConfig) -> dict[str, np.ndarray]:
+def upright_rgb(image):
+    """Any `PIL.Image` as RGB, turned as its EXIF data says.
+
+    Transparency is dropped, and what lies under it shows, as in the original. Grey values of 16 bit lose their lower byte, as
+    Pillow does it for colours of 16 bit; the original clips them all to 255, which leaves little but white.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    image.info.pop("transparency", None)  # Pillow would warn that RGB cannot hold it
+    return image.convert("RGB")
+
+
+def prepare_images(image, config: MLMambaConfig, name: str = "image") -> dict[str, np.ndarray]:
     """A `PIL.Image` as uint8 pixels [y x 3] for each encoder by its name.
 
     The model normalises them on the device. Encoders that see the same pixels share one array.
+
+    Raises:
+        InputError: `resize-crop` or `letterbox` of an image so thin that it would take very much memory; calls it `name`.
     """
     prepared: dict[tuple, np.ndarray] = {}
     pixels = {}
     for encoder in config.vision:
-        key = (encoder.image_size, encoder.mean if config.resize == "letterbox" else None)
+        key = (
+            encoder.image_size,
+            None if config.resize == "resize-naive" else encoder.crop_fraction,
+            encoder.mean if config.resize == "letterbox" else None,
+        )
         if key not in prepared:
-            prepared[key] = np.asarray(_square(image, encoder, config.resize))
+            prepared[key] = np.asarray(_square(image, encoder, config.resize, name))
         pixels[encoder.name] = prepared[key]
     return pixels
 
@@ -69,33 +106,39 @@ def stack_pixels(rows: Sequence[dict[str, np.ndarray] | None], config: MLMambaCo
     return stacked
 
 
-def _square(image, encoder: ViTConfig, resize: str):
+def _square(image, encoder: ViTConfig, resize: str, name: str):
     from PIL import Image
 
-    size = encoder.image_size
-    if resize == "letterbox":
-        image = _letterbox(image, encoder)
+    size, short = encoder.image_size, math.floor(encoder.image_size / encoder.crop_fraction)
     if resize == "resize-naive":
         return image.resize((size, size), Image.Resampling.BICUBIC)
-    # The shorter side becomes `size`, the longer is cut in the middle.
+    longer, shorter = max(image.size), min(image.size)
+    between = longer**2 if resize == "letterbox" else short**2 * longer // shorter
+    if between > MAX_PIXELS_BETWEEN:
+        raise InputError(
+            f"{name}: got {image.width} x {image.height} pixels, which {resize} would make {between}, expected at most "
+            f"{MAX_PIXELS_BETWEEN}; cut the image, or choose resize-naive"
+        )
+    if resize == "letterbox":
+        image = _letterbox(image, encoder)
+    # The shorter side becomes `short`, then the middle is cut out.
     width, height = image.size
     if width <= height:
-        width, height = size, int(size * height / width)
+        width, height = short, int(short * height / width)
     else:
-        width, height = int(size * width / height), size
+        width, height = int(short * width / height), short
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 
 def _letterbox(image, encoder: ViTConfig):
-    """Pad to a square with the encoder's mean colour, the same on both sides."""
+    """Pad with the encoder's mean colour, the same on both sides: an odd difference leaves the square one pixel short."""
     from PIL import Image
 
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    padded = Image.new(
-        "RGB", (image.width + 2 * left, image.height + 2 * top), tuple(int(255 * m) for m in encoder.mean)
-    )
+    size = image.width + 2 * left, image.height + 2 * top
+    padded = Image.new("RGB", size, tuple(int(255 * m) for m in encoder.mean))
     padded.paste(image, (left, top))
     return padded

@@ -1,4 +1,6 @@
-"""Conversations as text: the Zephyr chat format of ML-Mamba, the one place that knows it.
+"""Conversations as text: the prompt formats of ML-Mamba and its ancestors, the one place that knows them.
+
+`zephyr`, that of ML-Mamba:
 
     <|user|>\\n{question}<|endoftext|>\\n<|assistant|>\\n{answer}<|endoftext|>\\n<|user|>\\n...
 
@@ -9,8 +11,31 @@ construction and never recovered by searching. `<image>` marks in a question are
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ml_mamba_jax.names import unknown
+
 END_OF_TEXT = "<|endoftext|>"
 IMAGE_MARK = "<image>"
+
+
+class Format(NamedTuple):
+    """How turns are written: `question` around what a human says, `separator` before it from the second question on, `end`
+    after each answer. The model stops where it writes `end`."""
+
+    question: str
+    separator: str
+    end: str
+
+
+FORMATS: dict[str, Format] = {
+    "zephyr": Format("<|user|>\n{}" + END_OF_TEXT + "\n<|assistant|>\n", separator="\n", end=END_OF_TEXT),
+    "mamba": Format("In: {}\nOut: ", separator="\n", end=END_OF_TEXT),
+    "pure": Format("In: {}\nOut: ", separator="", end="</s>"),
+}
+"""The prompt formats by the name that a model's config gives (`MLMambaConfig.prompt_format`).
+
+The original strips the space after `Out:` from a `pure` prompt when it generates, though not when it trains. Here a model is
+asked in the very tokens that it was trained on.
+"""
 
 
 class Turn(NamedTuple):
@@ -27,17 +52,25 @@ class Piece(NamedTuple):
     is_target: bool
 
 
+def prompt_format(name: str) -> Format:
+    """The format of that name. Raises InputError with the nearest name for an unknown one."""
+    if name not in FORMATS:
+        raise unknown("prompt format", name, FORMATS)
+    return FORMATS[name]
+
+
 def without_mark(text: str) -> str:
-    """What a human turn says, without the image mark and white space around it."""
+    """What a turn says, without the image mark and white space around it."""
     return text.replace(IMAGE_MARK, "").strip()
 
 
-def render(turns: Sequence[Turn]) -> list[Piece]:
+def render(turns: Sequence[Turn], format: str = "zephyr") -> list[Piece]:
     """The pieces of a conversation that alternates human and gpt, human first.
 
     Raises:
-        ValueError: no turns, or turns that do not alternate.
+        ValueError: no turns, turns that do not alternate, or an unknown format.
     """
+    question, separator, end = prompt_format(format)
     if not turns:
         raise ValueError("conversation: got no turns, expected a human turn first")
     pieces = []
@@ -49,21 +82,29 @@ def render(turns: Sequence[Turn]) -> list[Piece]:
             )
         text = without_mark(text)
         if role == "human":
-            start = "\n" if i else ""
-            pieces.append(Piece(f"{start}<|user|>\n{text}{END_OF_TEXT}\n<|assistant|>\n", is_target=False))
+            pieces.append(Piece((separator if i else "") + question.format(text), is_target=False))
         else:
-            pieces.append(Piece(f"{text or ' '}{END_OF_TEXT}", is_target=True))
+            pieces.append(Piece((text or " ") + end, is_target=True))
     return pieces
 
 
-def prompt(turns: str | Sequence[Turn]) -> str:
-    """The text after which the model writes its answer to a question, or to a conversation that ends with a human turn.
+def render_question(turns: str | Sequence[Turn], format: str = "zephyr") -> list[Piece]:
+    """The pieces of a question, or of a conversation that ends with one, for the model to answer.
 
     Raises:
         ValueError: as `render`, or a conversation that does not end with a human turn.
     """
-    turns = [Turn("human", turns)] if isinstance(turns, str) else turns
-    pieces = render(turns)
+    pieces = render([Turn("human", turns)] if isinstance(turns, str) else turns, format)
     if pieces[-1].is_target:
         raise ValueError("conversation: got a gpt turn last, expected a human turn for the model to answer")
-    return "".join(piece.text for piece in pieces)
+    return pieces
+
+
+def render_caption(text: str, format: str = "zephyr") -> list[Piece]:
+    """The one piece of an image's caption: learnt whole, without a question."""
+    return [Piece(without_mark(text) + prompt_format(format).end, is_target=True)]
+
+
+def prompt(turns: str | Sequence[Turn], format: str = "zephyr") -> str:
+    """The text after which the model writes its answer; arguments and errors as of `render_question`."""
+    return "".join(piece.text for piece in render_question(turns, format))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.prompt import END_OF_TEXT
+from ml_mamba_jax.prompt import END_OF_TEXT, Piece, prompt_format
 
 FILE_NAME = "tokenizer.json"
 WORDS = r"\n?<\|[a-z]+\|>\n?| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
@@ -12,7 +12,7 @@ WORDS = r"\n?<\|[a-z]+\|>\n?| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 class Tokenizer:
-    """A thin face over the `tokenizers` library. Ends of turns are `<|endoftext|>`; nothing is added by itself."""
+    """A thin face over the `tokenizers` library; nothing is added to a text by itself."""
 
     def __init__(self, backend):
         """`backend` is a `tokenizers.Tokenizer` that knows `<|endoftext|>`; raises InputError if it does not."""
@@ -20,7 +20,7 @@ class Tokenizer:
         eos_id = backend.token_to_id(END_OF_TEXT)
         if eos_id is None:
             raise InputError(
-                f"tokenizer: got a vocabulary without {END_OF_TEXT}, expected one that marks the end of a turn with it"
+                f"tokenizer: got a vocabulary without {END_OF_TEXT}, expected one that marks the end of a text with it"
             )
         self.eos_id: int = eos_id
         """Id of `<|endoftext|>`; also pads."""
@@ -52,13 +52,20 @@ class Tokenizer:
             raise InputError(f"tokenizer: cannot read {source}: {reason}") from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a byte-level BPE of at most `vocab_size` entries (at least 257: every byte and the end of text, id 0)."""
+    def train(cls, texts: Iterable[str], vocab_size: int, format: str = "zephyr") -> "Tokenizer":
+        """Learn a byte-level BPE of at most `vocab_size` entries, for texts in a prompt format.
+
+        `<|endoftext|>` is id 0, and the format's end of turn is one token. Raises InputError where these and all bytes do
+        not fit.
+        """
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
 
-        if vocab_size < 257:
-            raise InputError(f"vocab_size: got {vocab_size}, expected at least 257 (every byte and {END_OF_TEXT})")
+        marks = list(dict.fromkeys([END_OF_TEXT, prompt_format(format).end]))
+        if vocab_size < 256 + len(marks):
+            raise InputError(
+                f"vocab_size: got {vocab_size}, expected at least {256 + len(marks)} (every byte and {', '.join(marks)})"
+            )
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -69,7 +76,7 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=marks,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -91,6 +98,30 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """The ids of pieces, each encoded on its own, and for each id whether it is one to learn."""
+        ids, is_target = [], []
+        for piece in pieces:
+            piece_ids = self.encode(piece.text)
+            ids += piece_ids
+            is_target += [piece.is_target] * len(piece_ids)
+        return ids, is_target
+
+    def end_id(self, format: str) -> int:
+        """Id of the mark that ends a turn in a prompt format.
+
+        Raises:
+            InputError: an unknown format, or a vocabulary that does not have the mark as one token.
+        """
+        mark = prompt_format(format).end
+        ids = self.encode(mark)
+        if len(ids) != 1:
+            raise InputError(
+                f"tokenizer: got a vocabulary without {mark}, expected one that has the end of a turn of the prompt format "
+                f"{format!r} as a token; add it to the special tokens, or choose another prompt_format"
+            )
+        return ids[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens. Bytes that form no character yet become U+FFFD."""

@@ -100,6 +100,7 @@ def test_a_batch_equals_its_rows_one_by_one():
 def test_the_image_matters_and_may_come_in_any_form(tmp_path):
     Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
     forms = [IMAGES[0], Image.fromarray(IMAGES[0]), tmp_path / "a.png", str(tmp_path / "a.png")]
+    forms += [Image.fromarray(IMAGES[0]).convert("RGBA"), Image.open(tmp_path / "a.png")]
     answers = {generate(MODEL, weights(), TOKENIZER, ["hi"], [form], max_new_tokens=N_NEW)[0] for form in forms}
     assert len(answers) == 1
     assert answers != {generate(MODEL, weights(), TOKENIZER, ["hi"], [picture(5)], max_new_tokens=N_NEW)[0]}
@@ -185,9 +186,8 @@ def test_pieces_join_to_the_decoded_text_for_any_tokens(ids):
     assert "".join([*pieces, characters.flush()]) == TOKENIZER.decode(ids).strip()
 
 
-def printable_params() -> dict:
+def printable_params(tokenizer: Tokenizer = Tokenizer.train([], 257)) -> dict:  # noqa: B008
     """Parameters that answer in visible ASCII only, so that it and its text say the same: other tokens are faint."""
-    tokenizer = Tokenizer.train([], 257)
     visible = np.zeros(512, bool)
     visible[[i for c in range(33, 127) for i in tokenizer.encode(chr(c))]] = True
     language = weights()["language"]
@@ -246,6 +246,42 @@ def test_a_chat_streams_survives_an_abandoned_answer_and_resets():
     assert chat.ask("and then", max_new_tokens=6) == alone != expected
 
 
+@pytest.mark.parametrize("format", ["mamba", "pure"])
+def test_another_prompt_format_has_its_own_marks_and_stops_at_its_own_end(format):
+    model = MLMamba(MODEL.config.replace(prompt_format=format))
+    tokenizer = Tokenizer.train([], 258, "pure")
+    params, end_id, options = printable_params(tokenizer), tokenizer.end_id(format), {"max_new_tokens": N_NEW}
+    tokens, lengths = batching.pad_rows([tokenizer.encode("In: what is this?\nOut: ")], tokenizer.eos_id)
+    free, *_ = generate_tokens(
+        *(model, params, tokens, lengths, None, None, jax.random.key(0)), stop_ids=(), vocab_size=258, **options
+    )
+    free = free[0].tolist()
+    # Let the end of a turn win wherever the fourth token would have been chosen.
+    embedding = params["language"]["embedding"]
+    embedding = embedding.at[end_id].set(1.001 * embedding[free[3]])
+    params = {**params, "language": {**params["language"], "embedding": embedding}}
+    expected = tokenizer.decode(free[: free.index(free[3])])
+    assert expected and generate(model, params, tokenizer, ["what is this?"], **options) == [expected]
+    assert "".join(stream(model, params, tokenizer, "what is this?", **options)) == expected
+
+    chat = Chat(model, params, tokenizer)
+    assert chat.ask("what is this?", **options) == expected
+    turns = [Turn("human", "what is this?"), Turn("gpt", expected), Turn("human", "and then")]
+    assert chat.ask("and then", **options) == generate(model, params, tokenizer, [turns], **options)[0] != ""
+    read = tokenizer.encode("In: what is this?\nOut: ") + tokenizer.encode(expected) + [end_id]
+    read += tokenizer.encode("\nIn: and then\nOut: " if format == "mamba" else "In: and then\nOut: ") + chat.answer_ids
+    tokens, lengths = batching.pad_rows([read], tokenizer.eos_id)
+    _, state = apply(params, tokens, lengths=lengths, method="prefill")
+    np.testing.assert_allclose(chat.state.ssm, state.ssm, atol=1e-4 * np.abs(state.ssm).max())
+
+
+def test_a_tokenizer_without_the_end_of_the_prompt_format_is_refused():
+    model = MLMamba(MODEL.config.replace(prompt_format="pure"))
+    for ask in (lambda: generate(model, weights(), TOKENIZER, ["a"]), lambda: Chat(model, weights(), TOKENIZER)):
+        with pytest.raises(InputError, match="got a vocabulary without </s>"):
+            ask()
+
+
 def test_every_turn_is_tokenised_on_its_own_and_padded_to_a_bucket():
     turns = [Turn("human", "a cat"), Turn("gpt", "the cat"), Turn("human", "sat")]
     pieces = ["<|user|>\na cat<|endoftext|>\n<|assistant|>\n", "the cat<|endoftext|>"]
@@ -274,6 +310,8 @@ def test_input_that_cannot_be_answered_is_refused():
         ask(["a"], ["nowhere.png"])
     with pytest.raises(InputError, match=r"image: got float64 \(4, 4, 3\), expected uint8 pixels"):
         ask(["a"], [np.zeros((4, 4, 3))])
+    with pytest.raises(InputError, match=r"image: got int, expected a file name, PIL\.Image or uint8 pixels"):
+        ask(["a"], [7])
     with pytest.raises(InputError, match="image: got one, but this model has no image encoders"):
         ask(["a"], [IMAGES[0]], model=MLMamba(MLMambaConfig(language=MODEL.config.language)))
     with pytest.raises(ValueError, match="got a gpt turn last"):

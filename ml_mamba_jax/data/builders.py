@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from ml_mamba_jax.data import scenes
 from ml_mamba_jax.data.records import Record, parse_conversation
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.image import read_image
+from ml_mamba_jax.image import read_file, read_image
 from ml_mamba_jax.prompt import IMAGE_MARK, Turn
 
 TURNS = 2
@@ -153,8 +153,8 @@ def _llava_record(entry, name: str, image_folder: Path, i: int) -> Record:
         if not isinstance(entry["image"], str):
             raise InputError(f"{name}: image: got {type(entry['image']).__name__}, expected a path")
         path = image_folder / entry["image"]
-        read_image(path)
-        image = path.read_bytes()
+        image = read_file(path)
+        read_image(image, str(path))  # only for its checks: what is stored are the bytes of the file
     return Record(f"{i:08d}-{entry.get('id', '')}", image, turns)
 
 

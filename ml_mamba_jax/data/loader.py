@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import grain
 
 from ml_mamba_jax.config import MLMambaConfig
-from ml_mamba_jax.data.samples import Batch, collate, make_sample
+from ml_mamba_jax.data.samples import Batch, Form, collate, make_sample
 from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.tokenizer import Tokenizer
@@ -25,12 +25,14 @@ def batches(
     seed: int,
     first: int,
     last: int,
+    form: Form = "chat",
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Batches number `first` to `last - 1` of an endless shuffled stream; every epoch has an order of its own.
 
     Args:
         max_tokens: text tokens of a row; longer conversations are cut, all are padded to it.
+        form: what of a conversation is learnt, see `ml_mamba_jax.data.samples.tokenize`.
         workers: processes that decode and tokenise; 0 uses threads of this one.
 
     Raises:
@@ -44,7 +46,7 @@ def batches(
         .seed(seed)
         .shuffle()
         .repeat(-(-rows // len(source)))
-        .map(functools.partial(make_sample, tokenizer=tokenizer, config=config, max_tokens=max_tokens))
+        .map(functools.partial(make_sample, tokenizer=tokenizer, config=config, max_tokens=max_tokens, form=form))
         .batch(
             batch_size,
             drop_remainder=True,

@@ -1,7 +1,7 @@
 """From a record to what the model is fed: token ids, which of them are targets, and pixels; and from samples to a batch."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -9,8 +9,11 @@ from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.image import prepare_images, read_image, stack_pixels
-from ml_mamba_jax.prompt import Turn, render
+from ml_mamba_jax.prompt import Turn, render, render_caption
 from ml_mamba_jax.tokenizer import Tokenizer
+
+Form = Literal["chat", "caption"]
+"""What of a conversation is learnt: its answers, or the caption of an image alone, as in the alignment stage."""
 
 
 class Sample(NamedTuple):
@@ -35,33 +38,51 @@ class Batch(NamedTuple):
     image_mask: np.ndarray | None
 
 
-def tokenize(turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+def tokenize(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    name: str,
+    *,
+    prompt_format: str = "zephyr",
+    form: Form = "chat",
+) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and target mask of a conversation, each turn tokenised on its own, cut after `max_tokens`.
 
+    `form` "chat": human turns are read, gpt turns learnt. "caption": the human turn is left out, the gpt turn learnt whole.
+
     Raises:
-        InputError: no target within `max_tokens`; names the record.
+        InputError: no target within `max_tokens`, or more than one gpt turn for a caption; names the record.
     """
-    tokens, is_target = [], []
-    for piece in render(turns):
-        ids = tokenizer.encode(piece.text)
-        tokens += ids
-        is_target += [piece.is_target] * len(ids)
+    if form == "caption":
+        if len(turns) != 2:
+            raise InputError(
+                f"{name}: got {len(turns)} turns, expected a human turn and a caption; learn conversations with --data.form chat"
+            )
+        pieces = render_caption(turns[-1].text, prompt_format)
+    else:
+        pieces = render(turns, prompt_format)
+    tokens, is_target = tokenizer.encode_pieces(pieces)
     total = len(tokens)
     tokens, is_target = np.asarray(tokens[:max_tokens], np.int32), np.asarray(is_target[:max_tokens], bool)
     if not is_target.any():
         raise InputError(
             f"{name}: got no target among the first {len(tokens)} of {total} tokens, expected an answer to learn; "
-            "raise the number of tokens per row or shorten the question"
+            "raise --data.max-tokens or shorten the question"
         )
     return tokens, is_target
 
 
-def make_sample(record: Record, tokenizer: Tokenizer, config: MLMambaConfig, max_tokens: int) -> Sample:
+def make_sample(
+    record: Record, tokenizer: Tokenizer, config: MLMambaConfig, max_tokens: int, form: Form = "chat"
+) -> Sample:
     """Raises InputError, naming the record, for an image that cannot be decoded or a conversation without targets."""
-    tokens, is_target = tokenize(record.turns, tokenizer, max_tokens, record.id)
+    tokens, is_target = tokenize(
+        record.turns, tokenizer, max_tokens, record.id, prompt_format=config.prompt_format, form=form
+    )
     pixels = None
     if record.image is not None and config.vision:
-        pixels = prepare_images(read_image(record.image, record.id), config)
+        pixels = prepare_images(read_image(record.image, record.id), config, record.id)
     return Sample(tokens, is_target, pixels)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.data.samples import Form
 from ml_mamba_jax.errors import InputError
 
 
@@ -24,6 +25,8 @@ class DataConfig:
     """Digit scenes to train on."""
     test_scenes: int = 600
     """Held-out digit scenes."""
+    form: Form = "chat"
+    """Learn the answers of conversations, or captions of images, without the question (alignment)."""
     max_tokens: int = 96
     """Text tokens of a row; longer conversations are cut."""
     workers: int = 0

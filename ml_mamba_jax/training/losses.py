@@ -12,17 +12,20 @@ from ml_mamba_jax.model import MLMamba
 def target_losses(model: MLMamba, params: dict, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The sum of the cross entropies of all target tokens of a `Batch`, and their number, both float32.
 
-    Sums, so that micro-batches and devices with different numbers of targets add up to the mean over tokens. Targets stand to the
-    right of some question, so the prediction of token t comes from text position t - 1; padding stands to the right of all targets
-    and cannot reach them in a causal model.
+    Sums, so that micro-batches and devices with different numbers of targets add up to the mean over tokens. Token t is predicted
+    where token t - 1 was read, the first one at the last visual token; in a row without an image it is never a target. Padding
+    stands to the right of all targets and cannot reach them in a causal model.
     """
     variables = {"params": params}
     images = {"images": batch.images, "image_mask": batch.image_mask} if batch.images else {}
     hidden = model.apply(variables, batch.tokens, **images, method="hidden")
-    length = batch.tokens.shape[1]
-    logits = model.apply(variables, hidden[:, -length:-1], method="logits")
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
-    weights = batch.is_target[:, 1:].astype(jnp.float32)
+    length, first = batch.tokens.shape[1], 0 if images else 1
+    logits = model.apply(variables, hidden[:, first - length - 1 : -1], method="logits")
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, first:])
+    is_target = batch.is_target
+    if images and batch.image_mask is not None:
+        is_target = is_target & (batch.image_mask[:, None] | (jnp.arange(length) > 0)[None])
+    weights = is_target[:, first:].astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(weights)
 
 

@@ -129,6 +129,25 @@ def test_a_llava_file_is_packed_with_the_bytes_of_its_images(llava):
     assert sorted(batch.image_mask.tolist()) == [False, True, True]
 
 
+def test_captions_are_read_without_their_questions(llava):
+    tmp_path, entries = llava
+    source = prepare(tmp_path, entries[:2])
+    tokenizer = Tokenizer.train([], 257)
+    (batch,) = read(source, tokenizer, batch_size=2, last=1, max_tokens=10, form="caption")
+    expected = sorted(tokenizer.encode(f"{colour}<|endoftext|>") for colour in ("Red", "Blue"))
+    rows = zip(batch.tokens.tolist(), batch.lengths, strict=True)
+    assert sorted(row[:length] for row, length in rows) == expected
+    np.testing.assert_array_equal(batch.is_target, np.arange(10) < batch.lengths[:, None])
+
+
+def test_every_image_file_is_read_once(llava, monkeypatch):
+    tmp_path, entries = llava
+    read_bytes, files = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(path.name) or read_bytes(path))
+    prepare(tmp_path, entries)
+    assert sorted(name for name in files if not name.endswith(".json")) == ["blue.jpg", "red.png"]
+
+
 def test_all_unusable_records_are_listed_and_nothing_is_left_behind(llava):
     tmp_path, entries = llava
     (tmp_path / "images" / "blue.jpg").write_bytes((tmp_path / "images" / "blue.jpg").read_bytes()[:200])

@@ -1,5 +1,6 @@
 """Label masks and batches: exactly the answers are targets, padding is none."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -43,13 +44,46 @@ def test_the_targets_decode_to_the_answers_and_their_ends():
     assert [bool(is_target[span[0]]) for span in spans] == [False, True, False, True]
 
 
+@pytest.mark.parametrize("format, end", [("mamba", "<|endoftext|>"), ("pure", "</s>")])
+def test_the_format_of_the_config_marks_the_turns(format, end):
+    tokenizer = Tokenizer.train([], 258, format)
+    config = dataclasses.replace(TINY, prompt_format=format)
+    tokens, is_target, _ = make_sample(Record("r", None, TURNS), tokenizer, config, 500)
+    texts = [
+        tokenizer.backend.decode(tokens[is_target == learnt].tolist(), skip_special_tokens=False)
+        for learnt in (False, True)
+    ]
+    between = "\n" if format == "mamba" else ""
+    assert texts == [f"In: Which digit is this?\nOut: {between}In: Sure?\nOut: ", f"7{end}Yes, 7{end}"]
+
+
+@pytest.mark.parametrize("format, end", [("zephyr", "<|endoftext|>"), ("pure", "</s>")])
+def test_of_a_caption_every_token_is_a_target_and_the_question_is_left_out(format, end):
+    tokenizer = Tokenizer.train([], 258, format)
+    config = dataclasses.replace(TINY, prompt_format=format)
+    record = Record("r", png(), (Turn("human", "Describe it.\n<image>"), Turn("gpt", " a red  box\n")))
+    tokens, is_target, pixels = make_sample(record, tokenizer, config, 500, "caption")
+    assert tokens.tolist() == tokenizer.encode(f"a red  box{end}")
+    assert tokens[-1] == tokenizer.end_id(format) and is_target.all() and is_target.shape == tokens.shape
+    assert pixels["siglip"][3, 3].tolist() == [255, 0, 0]
+    cut = make_sample(record, tokenizer, config, 4, "caption")
+    assert cut.tokens.tolist() == tokens[:4].tolist() and cut.is_target.tolist() == [True] * 4
+
+
+def test_a_conversation_is_no_caption():
+    with pytest.raises(InputError, match=r"r9: got 4 turns, expected a human turn and a caption; .* --data\.form chat"):
+        make_sample(Record("r9", png(), TURNS), TOKENIZER, TINY, 100, "caption")
+
+
 def test_long_conversations_are_cut_and_an_answer_must_be_left():
     tokens, is_target = tokenize(TURNS, TOKENIZER, 500, "r")
     first = int(np.argmax(is_target))
     cut, cut_target = tokenize(TURNS, TOKENIZER, first + 1, "r")
     np.testing.assert_array_equal(cut, tokens[: first + 1])
     assert cut_target.sum() == 1
-    with pytest.raises(InputError, match=f"r: got no target among the first {first} of {len(tokens)} tokens"):
+    with pytest.raises(
+        InputError, match=f"r: got no target among the first {first} of {len(tokens)} tokens.* raise --data.max-tokens"
+    ):
         tokenize(TURNS, TOKENIZER, first, "r")
 
 

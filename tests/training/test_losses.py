@@ -1,15 +1,28 @@
 """The loss and its gradient, against plain NumPy and across ways to cut a batch."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from ml_mamba_jax.data.samples import Batch
+from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.data.samples import Batch, collate, make_sample
+from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.prompt import Turn
+from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training.losses import mean_loss_and_gradient, target_losses
 from tests import tiny_model
 
 MODEL, PARAMS = tiny_model.MODEL, tiny_model.params()
+
+
+def png(colour: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 20), colour).save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def make_batch(rows: int = 8, length: int = 9) -> Batch:
@@ -26,15 +39,75 @@ def make_batch(rows: int = 8, length: int = 9) -> Batch:
     )
 
 
+def cross_entropies(logits, tokens, is_target) -> list[float]:
+    """Of every target [b l], given the logits of all positions, those of the visual tokens before the text."""
+    logits, n_visual = np.asarray(logits, np.float64), logits.shape[1] - tokens.shape[1]
+    losses = []
+    for row, position in zip(*np.nonzero(is_target), strict=True):
+        before = logits[row, n_visual + position - 1]
+        losses.append(np.log(np.exp(before).sum()) - before[tokens[row, position]])
+    return losses
+
+
 def test_the_loss_is_the_cross_entropy_of_the_targets():
     batch = make_batch(3)
-    logits = np.asarray(tiny_model.apply(PARAMS, batch.tokens, images=batch.images), np.float64)
-    losses = []
-    for row, position in zip(*np.nonzero(batch.is_target), strict=True):
-        before = logits[row, tiny_model.N_VISUAL + position - 1]
-        losses.append(np.log(np.exp(before).sum()) - before[batch.tokens[row, position]])
-    total, count = target_losses(MODEL, PARAMS, batch)
+    logits = tiny_model.apply(PARAMS, batch.tokens, images=batch.images)
+    losses = cross_entropies(logits, batch.tokens, batch.is_target)
+    total, count = jax.jit(target_losses, static_argnums=0)(MODEL, PARAMS, batch)
     assert count == len(losses) == batch.is_target.sum()
+    np.testing.assert_allclose(total, sum(losses), rtol=1e-5)
+
+
+def test_the_first_token_of_a_caption_is_predicted_by_the_last_visual_token():
+    batch = make_batch(3)._replace(is_target=jnp.ones((3, 9), bool))
+    logits = tiny_model.apply(PARAMS, batch.tokens, images=batch.images)
+    losses = cross_entropies(logits, batch.tokens, batch.is_target)
+    total, count = jax.jit(target_losses, static_argnums=0)(MODEL, PARAMS, batch)
+    assert count == len(losses) == 27
+    np.testing.assert_allclose(total, sum(losses), rtol=1e-5)
+
+
+def test_a_mixed_batch_is_the_token_weighted_mean_of_its_rows_alone():
+    """Rows of many lengths with and without an image, each alone without padding and, if text alone, without pixels.
+
+    Questions and captions: where no image stands before it, nothing predicts the first token.
+    """
+    turns = (Turn("human", "<image>\nWhich digit?"), Turn("gpt", "7"), Turn("human", "Sure?"), Turn("gpt", "Yes, a 7"))
+    records = [
+        (Record("image", png("red"), turns), "chat"),
+        (Record("text", None, turns[2:]), "chat"),
+        (Record("caption", png("blue"), turns[:2]), "caption"),
+        (Record("caption of nothing", None, turns[2:]), "caption"),
+    ]
+    tokenizer = Tokenizer.train([], 257)
+    samples = [make_sample(record, tokenizer, MODEL.config, 200, form) for record, form in records]
+    batch = jax.tree.map(jnp.asarray, collate(samples, MODEL.config, pad_id=tokenizer.eos_id, length=130))
+    assert batch.image_mask.tolist() == [True, False, True, False]
+
+    means, counts = [], []
+    for sample in samples:
+        tokens, is_target, pixels = jax.tree.map(lambda a: a[None], sample)
+        logits = tiny_model.apply(PARAMS, jnp.asarray(tokens), images=jax.tree.map(jnp.asarray, pixels))
+        if pixels is None:
+            is_target[0, 0] = False
+        losses = cross_entropies(logits, tokens, is_target)
+        means.append(np.mean(losses))
+        counts.append(len(losses))
+    assert counts == [2 + 9, 9, 2, 9 - 1]
+    total, count = jax.jit(target_losses, static_argnums=0)(MODEL, PARAMS, batch)
+    assert count == sum(counts)
+    np.testing.assert_allclose(total / count, np.average(means, weights=counts), rtol=1e-5)
+
+
+def test_a_language_model_alone_never_predicts_the_first_token():
+    model = MLMamba(MODEL.config.replace(vision=(), connector=None))
+    batch = make_batch(2)._replace(is_target=jnp.ones((2, 9), bool), images={}, image_mask=jnp.zeros(2, bool))
+    params = {"language": PARAMS["language"]}
+    losses = cross_entropies(
+        tiny_model.apply(params, batch.tokens, model=model), batch.tokens, batch.is_target.at[:, 0].set(False)
+    )
+    total, count = jax.jit(target_losses, static_argnums=0)(model, params, batch)
+    assert count == len(losses) == 16
     np.testing.assert_allclose(total, sum(losses), rtol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """train.py as its users run it: killed and resumed bit by bit, and one line for whatever is wrong."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,7 +14,13 @@ import jax
 import numpy as np
 import pytest
 
+import train
+from configs import PRESETS
 from ml_mamba_jax import checkpoint, generate, load
+from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.prompt import Turn
+from ml_mamba_jax.tokenizer import Tokenizer
 from tests.test_docs import BLOCK, NEEDS_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +132,18 @@ def test_a_killed_run_goes_on_bit_by_bit(straight, tmp_path):
     assert losses(folder) == losses(whole)
 
 
+def test_the_tokenizer_of_a_recipe_knows_the_end_of_its_prompt_format(tmp_path):
+    pure = PRESETS["digits-vqa"]
+    pure = dataclasses.replace(pure, model=pure.model.replace(prompt_format="pure"))
+    records = [Record("r", None, (Turn("human", "Which digit?"), Turn("gpt", "7")))] * 9
+    tokenizer = train.open_tokenizer(pure, tmp_path, records, 0)
+    assert tokenizer.encode("7</s>")[1:] == [tokenizer.end_id("pure")] != [tokenizer.eos_id]
+    assert len(tokenizer.encode("In: Which digit?\nOut: ")) < 12, "it was trained on text in that format"
+    Tokenizer.train([], 257).save(tmp_path)
+    with pytest.raises(InputError, match="got a vocabulary without </s>"):
+        train.open_tokenizer(dataclasses.replace(pure, tokenizer=str(tmp_path)), tmp_path, records, 0)
+
+
 @pytest.mark.parametrize(
     "options, code, message",
     [
@@ -134,6 +153,7 @@ def test_a_killed_run_goes_on_bit_by_bit(straight, tmp_path):
         (["--name", "b", "--mesh.fsdp", "3"], 2, "mesh: got data x fsdp x tensor = -1 x 3 x 1"),
         (["--name", "b", "--micro-batches", "3"], 2, "batch_size: got 4, expected a multiple of 3"),
         (["--name", "b", "--data.max-tokens", "5"], 2, "got no target among the first 5 of"),
+        (["--name", "b", "--data.form", "caption"], 2, "got 4 turns, expected a human turn and a caption"),
         (["--name", "b", "--data.json-file", "nowhere.json"], 2, "nowhere.json: found no such file"),
         (["--name", "b", "--tokenizer", "./nowhere.json"], 2, "tokenizer: found no"),
     ],
