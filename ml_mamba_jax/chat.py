@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 
 from ml_mamba_jax import checkpoint
+from ml_mamba_jax.arguments import OneLineParser
 from ml_mamba_jax.errors import CheckpointError, InputError, one_line_errors
 from ml_mamba_jax.generation import Chat
 from ml_mamba_jax.image import read_image
-from ml_mamba_jax.names import unknown
 from ml_mamba_jax.sampling import Sampling
 
 HELP = """\
@@ -39,25 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _converse(chat, image, options)
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_args(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-        """Raises InputError for an unknown option, with the nearest one that exists."""
-        args, rest = self.parse_known_args(arguments)
-        for argument in rest:
-            if argument.startswith("-"):
-                raise unknown(
-                    "option", argument.partition("=")[0], (o for o in self._option_string_actions if o != "-h")
-                )
-        if rest:
-            self.error(f"got more than one CHECKPOINT: {' '.join(rest)}")
-        return args
-
-    def error(self, message: str):
-        raise InputError(f"{message}; see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m ml_mamba_jax.chat", description=__doc__, allow_abbrev=False)
+    parser = OneLineParser("python -m ml_mamba_jax.chat", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawTextHelpFormatter
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="folder of a run or of converted weights")

@@ -112,9 +112,12 @@ class MLMamba(nn.Module):
 
     def encode_images(self, images: Images) -> Hidden:
         """Visual tokens [b l_image d]. Raises ValueError on a model without encoders or without a connector."""
-        features = self.features(images)
+        return self.connect(self.features(images))
+
+    def connect(self, features: Float[Array, "b l_image c"]) -> Hidden:
+        """Visual tokens of patch features. Raises ValueError on a model without a connector."""
         if not self.config.connector:
-            raise ValueError("images: this model has encoders only; call method='features'")
+            raise ValueError("features: got some, but this model has no connector; it has encoders only")
         return self.connector(features)
 
     def prefill(

@@ -131,7 +131,7 @@ def flip_a_bit(copy):
         (["{run}", "--max-new-tokens", "0"], 2, "--max-new-tokens: got 0, expected at least 1"),
         (["{run}", "--sedd", "1"], 2, "unknown option '--sedd'; did you mean '--seed'?"),
         (["{run}", "--imag", "x"], 2, "unknown option '--imag'; did you mean '--image'?"),
-        (["{run}", "another"], 2, "got more than one CHECKPOINT: another"),
+        (["{run}", "another"], 2, "got too many arguments: another"),
         ([], 2, "the following arguments are required: CHECKPOINT"),
     ],
 )

@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterable
 
-from ml_mamba_jax.convert.plan import Finding, Plan, table
+import numpy as np
+
+from ml_mamba_jax.convert.pieces import Piece
+from ml_mamba_jax.convert.plan import Finding, Plan, Shape, table
 from ml_mamba_jax.convert.source import Source
 
 MOST_SHOWN = 60
@@ -11,7 +14,8 @@ MOST_SHOWN = 60
 
 def describe(source: Source, plan: Plan) -> str:
     """What was found, how each tensor is laid out, and everything that is worth a look."""
-    parts = [summary(source, plan), tensors(source, plan)]
+    used = ((key, *source.info(key)[:2], pieces) for key, pieces in plan.pieces.items())
+    parts = [summary(source, plan), tensors(used)]
     if plan.findings:
         parts.append(findings(plan.findings))
     return "\n\n".join(parts)
@@ -33,16 +37,15 @@ def summary(source: Source, plan: Plan) -> str:
     return table(rows)
 
 
-def tensors(source: Source, plan: Plan) -> str:
-    """One line for each kind of tensor: `{i}` stands for the layers."""
-    folded: dict[tuple[str, ...], list[str]] = {}
-    for key, pieces in plan.pieces.items():
-        info = source.info(key)
+def tensors(read: Iterable[tuple[str, Shape, np.dtype, list[Piece]]]) -> str:
+    """One line for each kind of tensor, (key, shape, dtype, pieces): `{i}` stands for the layers."""
+    folded: dict[tuple[str, ...], int] = {}
+    for key, shape, dtype, pieces in read:
         for piece in pieces:
-            row = (_fold(key), str(list(info.shape)), str(info.dtype), piece.how, _fold(piece.where))
-            folded.setdefault(row, []).append(key)
+            row = (_fold(key), str(list(shape)), str(dtype), piece.how, _fold(piece.where))
+            folded[row] = folded.get(row, 0) + 1
     rows = [("tensor", "shape", "dtype", "transform", "parameter", "")]
-    rows += [(*row, f"x {len(keys)}" if len(keys) > 1 else "") for row, keys in folded.items()]
+    rows += [(*row, f"x {n}" if n > 1 else "") for row, n in folded.items()]
     return table(rows)
 
 
@@ -60,4 +63,4 @@ def findings(found: Iterable[Finding]) -> str:
 def _fold(text: str) -> str:
     """Numbers of layers -> {i}."""
     text = re.sub(r"\b(layers?|blocks)\.\d+\.", r"\1.{i}.", text)
-    return re.sub(r"(blocks/[a-zA-Z_/]+\[)\d+", r"\1i", text)
+    return re.sub(r"(blocks/[\w/]+\[)\d+", r"\1i", text)

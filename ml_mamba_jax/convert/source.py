@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
 
 CONFIG_FILE = "config.json"
 RUN_CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
+ENCODERS_FOLDER = "vision"
+"""In a run: a folder for each of its encoders. The original keeps none."""
 WRAPPERS = ("state_dict", "model", "teacher", "module")
 """Dictionaries inside which a state dict may be saved."""
 
@@ -58,6 +60,8 @@ class Source:
         self.kind, self.path, self.config, self.tokenizer = kind, path, config, tokenizer
         self.pieces: list[Piece] = []
         self.not_needed: set[str] = set()
+        self.encoders: dict[str, tuple[str, str]] = {}
+        """Kind and prefix of the tensors of each encoder, by its name."""
         self._tensors: dict[str, tuple[WeightFiles, str]] = {}
         self._opened: list[WeightFiles] = []
 
@@ -82,6 +86,11 @@ class Source:
         return weights[name]
 
     @property
+    def embedding(self) -> str:
+        """Key of the token embeddings."""
+        return next(piece.key for piece in self.pieces if piece.path == "language/embedding")
+
+    @property
     def files(self) -> list[Path]:
         return [file for weights in self._opened for file in weights.files]
 
@@ -100,13 +109,16 @@ def open_source(
     encoder: str | None = None,
     vision: Sequence[str | Path] = (),
     tokenizer: str | Path | None = None,
+    dtype: str = "float32",
 ) -> Source:
     """Look into a file or folder of PyTorch weights: what they are, their config, and which tensor is which parameter.
 
     Args:
         kind: one of `FAMILIES`; default: what the tensors tell.
         encoder: a name of `VISION_ENCODERS` that an encoder alone is converted for, for example at another image size.
-        vision: files or folders with the encoders of a run of ML-Mamba, in any order.
+        vision: files or folders with the encoders of a run of ML-Mamba, in any order. Default: those in its folder `vision`, where
+            `to_torch` puts them.
+        dtype: in which the parameters are to be kept.
         tokenizer: a tokenizer.json to go with the weights; default: the one beside them, if there is one.
 
     Raises:
@@ -127,10 +139,14 @@ def open_source(
         config = config.replace(vision=(VISION_ENCODERS[encoder],))
     if vision and opened.kind != "ml-mamba":
         raise ConvertError(f"{path}: got vision weights for a {opened.kind}, expected them for a run of ML-Mamba only")
-    source = Source(opened.kind, path, config, _find_tokenizer(opened, tokenizer))
+    if dtype not in get_args(get_type_hints(MLMambaConfig)["param_dtype"]):
+        raise unknown("dtype", dtype, get_args(get_type_hints(MLMambaConfig)["param_dtype"]))
+    source = Source(opened.kind, path, config.replace(param_dtype=dtype), _find_tokenizer(opened, tokenizer))
     source.add(opened, FAMILIES[opened.kind].pieces(config, opened.prefix), opened.not_needed(config))
+    if config.language is None:
+        source.encoders[config.vision[0].name] = (opened.kind, opened.prefix)
     try:
-        for vision_path in vision:
+        for vision_path in vision or sorted((path / ENCODERS_FOLDER).glob("*")):
             _add_encoder(source, Path(vision_path))
     except BaseException:
         source.__exit__(None, None, None)
@@ -172,10 +188,11 @@ def _add_encoder(source: Source, path: Path) -> None:
     if found[0].name not in mine:
         raise ConvertError(f"{path}: got a {found[0].name} encoder, expected one of the run's: {', '.join(mine)}")
     encoder = mine[found[0].name]
-    if any(piece.path.startswith(f"vision/{encoder.name}/") for piece in source.pieces):
+    if encoder.name in source.encoders:
         raise ConvertError(f"{path}: got a second {encoder.name} encoder, expected one")
-    alone = MLMambaConfig(language=None, vision=(encoder,))
-    source.add(opened, FAMILIES[opened.kind].pieces(alone, opened.prefix), opened.not_needed(alone), f"{encoder.name}:")
+    alone, name = MLMambaConfig(language=None, vision=(encoder,)), f"{encoder.name}:"
+    source.add(opened, FAMILIES[opened.kind].pieces(alone, opened.prefix), opened.not_needed(alone), name)
+    source.encoders[encoder.name] = (opened.kind, name + opened.prefix)
 
 
 def _find_tokenizer(opened: Opened, given: str | Path | None) -> Path | None:
@@ -191,5 +208,4 @@ def _find_tokenizer(opened: Opened, given: str | Path | None) -> Path | None:
 
 def missing_encoders(source: Source) -> list[str]:
     """Names of the encoders of a run whose weights were not given."""
-    filled = {piece.path.split("/")[1] for piece in source.pieces if piece.path.startswith("vision/")}
-    return [encoder.name for encoder in source.config.vision if encoder.name not in filled]
+    return [encoder.name for encoder in source.config.vision if encoder.name not in source.encoders]

@@ -25,14 +25,13 @@ ALIGNMENT = 64
 """Bytes."""
 
 
-def assemble(source: Source, plan: Plan, *, keep: bool = True, progress: bool = False) -> dict[str, np.ndarray]:
+def assemble(source: Source, plan: Plan, *, progress: bool = False) -> dict[str, np.ndarray]:
     """Read every tensor once, and lay it where it belongs: the parameters by path.
 
     Each parameter is allocated once in its final dtype, and tensors are read from the mapped files straight into it: memory grows
     to the size of the parameters and no further.
 
     Args:
-        keep: False only looks at the numbers, and returns nothing.
         progress: show a bar with bytes read and their rate on stderr.
 
     Raises:
@@ -45,31 +44,27 @@ def assemble(source: Source, plan: Plan, *, keep: bool = True, progress: bool = 
         for key, pieces in _with_progress(source, plan, progress):
             tensor = source.read(key)
             for piece in pieces:
-                shape = plan.shapes[piece.path]
-                if keep and piece.path not in params:
-                    params[piece.path] = _zeros(shape.shape, shape.dtype)
-                problems += _place(key, piece, tensor, params.get(piece.path), shape.dtype)
+                if piece.path not in params:
+                    params[piece.path] = _zeros(plan.shapes[piece.path].shape, plan.shapes[piece.path].dtype)
+                problems += _place(key, piece, tensor, params[piece.path])
     if problems:
         raise ConvertError(f"{source.path}: {len(problems)} problems, nothing was written\n{as_table(problems)}")
     return params
 
 
-def _place(key: str, piece: Piece, tensor: np.ndarray, parameter: np.ndarray | None, dtype: np.dtype) -> list[Finding]:
-    """Lay one tensor, or a part of it, into its parameter. Without a parameter: only look."""
+def _place(key: str, piece: Piece, tensor: np.ndarray, parameter: np.ndarray) -> list[Finding]:
+    """Lay one tensor, or a part of it, into its parameter."""
     values = piece.layout.to_jax(tensor[piece.source])
-    if parameter is None:
-        is_finite = np.isfinite(values.astype(dtype, copy=False)).all()
-        return [] if is_finite else [Finding("not finite", key, f"NaN or infinity as {dtype}", True)]
     region = piece.region(parameter)
     if piece.tied:
-        is_equal = region.shape == values.shape and np.array_equal(region, values.astype(dtype, copy=False))
+        is_equal = np.array_equal(region, values.astype(parameter.dtype, copy=False))
         return [] if is_equal else [Finding("tied", key, f"differs from {piece.where}, expected equal numbers", True)]
     if piece.resampled and values.shape != region.shape:
-        side = round(region.shape[0] ** 0.5)
+        side = math.isqrt(len(region))
         values = np.asarray(resample_positions(jnp.asarray(values, jnp.float32), (side, side)))
     region[...] = region + values if piece.added else values
     if not np.isfinite(region).all():
-        return [Finding("not finite", key, f"NaN or infinity as {dtype}", True)]
+        return [Finding("not finite", key, f"NaN or infinity as {parameter.dtype}", True)]
     return []
 
 

@@ -16,7 +16,8 @@ from ml_mamba_jax.config import LANGUAGE_MODELS, VISION_BACKBONES, MLMambaConfig
 from ml_mamba_jax.convert import tables
 from ml_mamba_jax.convert.families import OWN_CONFIG
 from ml_mamba_jax.convert.pieces import Piece, by_key, torch_shape
-from ml_mamba_jax.convert.source import CONFIG_FILE, RUN_CHECKPOINT
+from ml_mamba_jax.convert.report import tensors as pieces_table
+from ml_mamba_jax.convert.source import CONFIG_FILE, ENCODERS_FOLDER, RUN_CHECKPOINT
 from ml_mamba_jax.convert.to_jax import aside, check_absent
 from ml_mamba_jax.errors import ConvertError
 from ml_mamba_jax.names import unknown
@@ -53,7 +54,9 @@ def default_form(config: MLMambaConfig) -> Form:
     return "hf-mamba2" if config.connector is None else "ml-mamba"
 
 
-def write(folder: Path, out: Path, form: Form | None = None, dtype: str | None = None) -> list[Path]:
+def write(
+    folder: Path, out: Path, form: Form | None = None, dtype: str | None = None, *, progress: bool = False
+) -> list[Path]:
     """Write the newest checkpoint of `folder` as PyTorch weights into `out`, and return the files with weights.
 
     hf-mamba2 is the language model for transformers; timm-vit one safetensors file per encoder; ml-mamba a run of ML-Mamba:
@@ -61,6 +64,7 @@ def write(folder: Path, out: Path, form: Form | None = None, dtype: str | None =
 
     Args:
         dtype: of all tensors. Default: that of each tensor in the weights that `folder` was converted from, else the folder's.
+        progress: show a bar on stderr.
 
     Raises:
         ConvertError: a form that the folder has no parts for. CheckpointError: a folder that is no checkpoint.
@@ -72,26 +76,63 @@ def write(folder: Path, out: Path, form: Form | None = None, dtype: str | None =
     params = checkpoint.ParamsOnDisk(folder)
     choose = _dtype_of(folder, dtype)
     with aside(out) as target:
-        if form == "hf-mamba2":
-            pieces = [piece for piece in tables.mamba2(config.language, embedding="embeddings") if not piece.tied]
-            _write_safetensors(_tensors(pieces, params, choose), params, target)
-            serialize.write_text(target / CONFIG_FILE, _as_text(_hf_mamba2_config(config)))
-        elif form == "ml-mamba":
-            _write_torch(_tensors(tables.ml_mamba(config), params, choose), params, target / RUN_CHECKPOINT)
-            serialize.write_text(target / CONFIG_FILE, _as_text(_run_config(config)))
-        if form != "hf-mamba2":
-            for encoder in config.vision:
-                if f"vision/{encoder.name}/pos_embed" not in params.shapes:
-                    continue
-                # An encoder alone is the folder; those of a run stand beside its checkpoint, which never holds them.
-                place = target if form == "timm-vit" and len(config.vision) == 1 else target / "vision" / encoder.name
-                _write_safetensors(_tensors(tables.timm_vit(encoder), params, choose), params, place)
-                alone = MLMambaConfig(language=None, vision=(encoder,))
-                serialize.write_text(place / CONFIG_FILE, _as_text({OWN_CONFIG: serialize.plain(alone)}))
+        for place, pieces in _tables(config, form, params).items():
+            tensors = _tensors(pieces, params, choose)
+            if place == str(RUN_CHECKPOINT):
+                _write_torch(tensors, params, target / place, progress)
+                beside = target
+            else:
+                _write_safetensors(tensors, params, target / place, progress)
+                beside = target / place
+            serialize.write_text(beside / CONFIG_FILE, _as_text(_config_of(config, form, place)))
         if (folder / TOKENIZER_FILE).is_file() and form != "timm-vit":
             shutil.copyfile(folder / TOKENIZER_FILE, target / TOKENIZER_FILE)
         written = [path.relative_to(target) for path in sorted(target.rglob("*")) if path.is_file()]
     return [out / path for path in written]
+
+
+def describe(folder: Path, form: Form | None = None, dtype: str | None = None) -> str:
+    """The tensors that `write` would write, one line for each kind. Raises what `write` raises before it writes."""
+    config = checkpoint.load_config(folder)
+    form = form or default_form(config)
+    _check_parts(config, form, folder)
+    params = checkpoint.ParamsOnDisk(folder)
+    choose = _dtype_of(folder, dtype)
+    lines, n_tensors, total = [], 0, 0
+    for place, pieces in _tables(config, form, params).items():
+        tensors = _tensors(pieces, params, choose)
+        n_tensors, total = n_tensors + len(tensors), total + sum(tensor.nbytes for tensor in tensors)
+        lines += [f"\n{place}", pieces_table((t.key, t.shape, t.dtype, t.pieces) for t in tensors)]
+    return "\n".join([f"{folder} as {form}: {n_tensors} tensors, {total / 1e9:.2f} GB", *lines])
+
+
+def parts(out: Path) -> list[Path]:
+    """What `write` wrote, as `open_source` takes it."""
+    return [out] if (out / CONFIG_FILE).is_file() else sorted((out / ENCODERS_FOLDER).glob("*"))
+
+
+def _tables(config: MLMambaConfig, form: Form, params: checkpoint.ParamsOnDisk) -> dict[str, list[Piece]]:
+    """The pieces of each file or folder that is written, by its path inside `out`."""
+    if form == "hf-mamba2":
+        return {".": [piece for piece in tables.mamba2(config.language, embedding="embeddings") if not piece.tied]}
+    found = {str(RUN_CHECKPOINT): tables.ml_mamba(config)} if form == "ml-mamba" else {}
+    for encoder in config.vision:
+        if f"vision/{encoder.name}/pos_embed" in params:
+            # An encoder alone is the folder; those of a run stand beside its checkpoint, which never holds them.
+            alone = form == "timm-vit" and len(config.vision) == 1
+            found["." if alone else f"{ENCODERS_FOLDER}/{encoder.name}"] = tables.timm_vit(encoder)
+    return found
+
+
+def _config_of(config: MLMambaConfig, form: Form, place: str) -> dict:
+    """The config.json beside the weights at `place`."""
+    if form == "hf-mamba2":
+        return _hf_mamba2_config(config)
+    if place == str(RUN_CHECKPOINT):
+        return run_config(config)
+    name = place.split("/")[-1]
+    encoders = [encoder for encoder in config.vision if name in (".", encoder.name)]
+    return {OWN_CONFIG: serialize.plain(MLMambaConfig(language=None, vision=tuple(encoders)))}
 
 
 def _check_parts(config: MLMambaConfig, form: Form, folder: Path) -> None:
@@ -141,13 +182,16 @@ def _tensors(
     return sorted(tensors, key=lambda tensor: (-sizes[tensor.pieces[0].path], tensor.pieces[0].path))
 
 
-def _made(tensors: Iterable[Tensor], params: checkpoint.ParamsOnDisk) -> Iterator[tuple[Tensor, np.ndarray]]:
+def _made(
+    tensors: Iterable[Tensor], params: checkpoint.ParamsOnDisk, progress: bool
+) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Each tensor as a contiguous array of its own."""
     from tqdm import tqdm
 
     at_hand: dict[str, np.ndarray] = {}
     tensors = list(tensors)
-    with tqdm(total=sum(t.nbytes for t in tensors), unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+    total = sum(tensor.nbytes for tensor in tensors)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
         for tensor in tensors:
             paths = {piece.path for piece in tensor.pieces}
             at_hand = {path: at_hand[path] if path in at_hand else params[path] for path in paths}
@@ -158,7 +202,7 @@ def _made(tensors: Iterable[Tensor], params: checkpoint.ParamsOnDisk) -> Iterato
             bar.update(tensor.nbytes)
 
 
-def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, folder: Path) -> None:
+def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, folder: Path, progress: bool) -> None:
     """model.safetensors, or several shards and their index, as transformers reads them."""
     from safetensors.numpy import save_file
 
@@ -169,7 +213,7 @@ def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, f
         shards[-1].append(tensor)
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
-    made = _made(tensors, params)
+    made = _made(tensors, params, progress)
     for i, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         arrays = {tensor.key: array for _, (tensor, array) in zip(shard, made, strict=False)}
@@ -181,12 +225,12 @@ def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, f
         serialize.write_text(folder / "model.safetensors.index.json", text)
 
 
-def _write_torch(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, path: Path) -> None:
+def _write_torch(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, path: Path, progress: bool) -> None:
     """`{"model": {"llm_backbone": {...}, "mlp": {...}, ...}}` with the tensors in the order of the table."""
     import torch
 
     arrays = {}
-    for tensor, array in _made(tensors, params):
+    for tensor, array in _made(tensors, params, progress):
         if array.dtype == DTYPES["bfloat16"]:  # torch knows no such NumPy dtype
             arrays[tensor.key] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         else:
@@ -238,7 +282,7 @@ def _hf_mamba2_config(config: MLMambaConfig) -> dict:
     }
 
 
-def _run_config(config: MLMambaConfig) -> dict:
+def run_config(config: MLMambaConfig) -> dict:
     """The fields that the reference reads, where its ids have a word for this model; and the whole of our config."""
     language = next((name for name, known in LANGUAGE_MODELS.items() if known == config.language), None)
     vision = next((name for name, known in VISION_BACKBONES.items() if known == config.vision), None)

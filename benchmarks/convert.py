@@ -1,0 +1,111 @@
+"""How long a conversion takes, and how much memory: python benchmarks/convert.py [FOLDER] [--model NAME]
+
+Makes a synthetic checkpoint of ML-Mamba in PyTorch's form (random float32 numbers at the real shapes; 12.1 GB for ml-mamba-3b), unless
+FOLDER holds one already, and converts it. Peak memory is that of anonymous pages: mapped pages of the source are the system's to drop.
+Prints one JSON object.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.convert import import_torch
+from ml_mamba_jax.convert.pieces import by_key, torch_shape
+from ml_mamba_jax.convert.plan import flatten
+from ml_mamba_jax.convert.source import CONFIG_FILE, RUN_CHECKPOINT
+from ml_mamba_jax.convert.tables import ml_mamba
+from ml_mamba_jax.convert.to_torch import run_config
+from ml_mamba_jax.model import MLMamba
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("data/synthetic-ml-mamba"))
+    parser.add_argument("--model", default="ml-mamba-3b", help="name of the model (default ml-mamba-3b)")
+    args = parser.parse_args()
+    if not (args.folder / RUN_CHECKPOINT).is_file():
+        make_checkpoint(MLMambaConfig.named(args.model), args.folder)
+    out = args.folder.with_name(f"{args.folder.name}-converted")
+    shutil.rmtree(out, ignore_errors=True)
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        import_torch(args.folder, out, progress=True)
+        seconds = time.perf_counter() - started
+    read = (args.folder / RUN_CHECKPOINT).stat().st_size
+    shapes = flatten(MLMamba(MLMambaConfig.named(args.model)).param_shapes())
+    made = sum(a.size * a.dtype.itemsize for path, a in shapes.items() if not path.startswith("vision/"))
+    result = {
+        "benchmark": "convert",
+        "model": args.model,
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        "source_GB": round(read / 1e9, 2),
+        "parameters_GB": round(made / 1e9, 2),
+        "seconds": round(seconds, 1),
+        "peak_anonymous_GB": round(memory.peak / 1e9, 2),
+        "beyond_parameters_GiB": round((memory.peak - made) / 2**30, 2),
+    }
+    print(json.dumps(result, indent=1))
+
+
+class PeakMemory:
+    """Largest number of anonymous bytes of this process, looked at every 20 ms (Linux)."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.peak, self._running = 0, True
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._running = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._running:
+            status = Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            self.peak = max(self.peak, int(line.split()[1]) * 1024)
+            time.sleep(0.02)
+
+
+def make_checkpoint(config: MLMambaConfig, folder: Path) -> None:
+    """A run of ML-Mamba with random numbers. They are made in a mapped file, so that memory does not have to hold them."""
+    import torch
+
+    shapes = {path: shape.shape for path, shape in flatten(MLMamba(config).param_shapes()).items()}
+    tensors = {}
+    for key, pieces in by_key(ml_mamba(config)).items():
+        tensors[key] = torch_shape(pieces, {piece.path: shapes[piece.path] for piece in pieces})
+    path = folder / RUN_CHECKPOINT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".scratch")
+    numbers = np.memmap(scratch, np.float32, "w+", shape=sum(map(np.prod, tensors.values())))
+    rng, start, nested = np.random.default_rng(0), 0, {}
+    for key, shape in tensors.items():
+        view = numbers[start : start + int(np.prod(shape))].reshape(shape)
+        start += view.size
+        for row in view.reshape(-1, shape[-1]) if view.ndim > 1 else [view]:
+            row[...] = 0.02 * rng.standard_normal(row.shape, np.float32)
+        if key.endswith("lm_head.weight"):
+            view[...] = nested["model"]["llm_backbone"]["backbone.embedding.weight"].numpy()
+        *parents, name = key.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = torch.from_numpy(view)
+    torch.save(nested, path)
+    scratch.unlink()
+    (folder / CONFIG_FILE).write_text(json.dumps(run_config(config), indent=2))
+
+
+if __name__ == "__main__":
+    main()
