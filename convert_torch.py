@@ -1,8 +1,8 @@
 """Convert PyTorch weights, in both directions: python convert_torch.py SRC OUT [--to jax|torch] [--check] [--dry-run]
 
 To JAX, SRC is a file or folder with a Mamba-2 language model (state-spaces/mamba or transformers), an image encoder (timm,
-open_clip or transformers), or a run of ML-Mamba; which of them is found out. OUT becomes a folder that `load_params`, `train.py` and
-`python -m ml_mamba_jax.chat` take. To PyTorch, SRC is such a folder. Nothing is written unless everything fits.
+open_clip or transformers), or a run of ML-Mamba; which of them is found out. OUT becomes a folder that `load_params`, `train.py`
+and `python -m ml_mamba_jax.chat` take. To PyTorch, SRC is such a folder. Nothing is written unless everything fits.
 """
 
 import argparse

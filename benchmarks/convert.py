@@ -1,8 +1,8 @@
 """How long a conversion takes, and how much memory: python benchmarks/convert.py [FOLDER] [--model NAME]
 
-Makes a synthetic checkpoint of ML-Mamba in PyTorch's form (random float32 numbers at the real shapes; 12.1 GB for ml-mamba-3b), unless
-FOLDER holds one already, and converts it. Peak memory is that of anonymous pages: mapped pages of the source are the system's to drop.
-Prints one JSON object.
+Makes a synthetic checkpoint of ML-Mamba in PyTorch's form (random float32 numbers at the real shapes; 12.1 GB for ml-mamba-3b),
+unless FOLDER holds one already, and converts it. Peak memory is that of anonymous pages: mapped pages of the source are the
+system's to drop. Prints one JSON object.
 """
 
 import argparse
