@@ -26,6 +26,7 @@ from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals, plots
 from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
+from ml_mamba_jax.training.initial import start_from, tokenizer_of
 from ml_mamba_jax.training.metrics import MetricsLog, Progress, read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from ml_mamba_jax.training.step import TrainState, abstract_state, init_state, make_train_step
@@ -84,6 +85,9 @@ def train(config: TrainConfig) -> None:
         serialize.write_text(folder / RECIPE_FILE, serialize.to_json(config))
         place = jax.tree.map(lambda a: a.sharding, target)
         state = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=place)(jax.random.key(config.seed))
+        params, taken = start_from(config.init, config.model, state.params)
+        state = state._replace(params=params)
+        print(*(f"init: {line}" for line in taken), sep="\n", flush=True)
 
     n_params = sum(a.size for a in jax.tree.leaves(state.params))
     print(f"{config.name}: {n_params:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)", flush=True)
@@ -203,8 +207,8 @@ def open_tokenizer(config: TrainConfig, folder: Path, source: RecordSource, resu
     vocab_size, prompt_format = config.model.language.vocab_size, config.model.prompt_format
     if resumed_step:
         return Tokenizer.from_pretrained(folder)
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    if source_of_tokenizer := config.tokenizer or tokenizer_of(config.init):
+        tokenizer = Tokenizer.from_pretrained(source_of_tokenizer)
     else:
         records = (source[i] for i in range(0, len(source), -(-len(source) // TOKENIZER_RECORDS)))
         texts = (piece.text for record in records for piece in render(record.turns, prompt_format))

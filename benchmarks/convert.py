@@ -15,11 +15,11 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.convert import import_torch
 from ml_mamba_jax.convert.pieces import by_key, torch_shape
-from ml_mamba_jax.convert.plan import flatten
 from ml_mamba_jax.convert.source import CONFIG_FILE, RUN_CHECKPOINT
 from ml_mamba_jax.convert.tables import ml_mamba
 from ml_mamba_jax.convert.to_torch import run_config
@@ -40,7 +40,7 @@ def main() -> None:
         import_torch(args.folder, out, progress=True)
         seconds = time.perf_counter() - started
     read = (args.folder / RUN_CHECKPOINT).stat().st_size
-    shapes = flatten(MLMamba(MLMambaConfig.named(args.model)).param_shapes())
+    shapes = flatten_dict(MLMamba(MLMambaConfig.named(args.model)).param_shapes(), sep="/")
     made = sum(a.size * a.dtype.itemsize for path, a in shapes.items() if not path.startswith("vision/"))
     result = {
         "benchmark": "convert",
@@ -81,7 +81,7 @@ def make_checkpoint(config: MLMambaConfig, folder: Path) -> None:
     """A run of ML-Mamba with random numbers. They are made in a mapped file, so that memory does not have to hold them."""
     import torch
 
-    shapes = {path: shape.shape for path, shape in flatten(MLMamba(config).param_shapes()).items()}
+    shapes = {path: shape.shape for path, shape in flatten_dict(MLMamba(config).param_shapes(), sep="/").items()}
     tensors = {}
     for key, pieces in by_key(ml_mamba(config)).items():
         tensors[key] = torch_shape(pieces, {piece.path: shapes[piece.path] for piece in pieces})

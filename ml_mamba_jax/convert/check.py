@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from ml_mamba_jax.convert import torch_forward
-from ml_mamba_jax.convert.plan import table, unflatten
+from ml_mamba_jax.convert.plan import table
 from ml_mamba_jax.convert.source import Source, missing_encoders
 from ml_mamba_jax.errors import ConvertError
 from ml_mamba_jax.model import MLMamba
@@ -47,7 +48,7 @@ def compare(source: Source, params: Mapping[str, np.ndarray], seed: int = 0) -> 
 
     config = source.config
     model = MLMamba(config.replace(dtype="float32"))
-    variables = {"params": jax.device_put(unflatten(dict(params)), jax.devices("cpu")[0], may_alias=True)}
+    variables = {"params": jax.device_put(unflatten_dict(dict(params), sep="/"), jax.devices("cpu")[0], may_alias=True)}
     rng = np.random.default_rng(seed)
     comparisons = []
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from ml_mamba_jax.convert.pieces import Piece, by_key, torch_shape
 from ml_mamba_jax.convert.source import Source, missing_encoders
@@ -42,7 +43,7 @@ class Plan(NamedTuple):
 
 def make_plan(source: Source) -> Plan:
     """Lay the tables over the tensors that are there. Reads no data."""
-    shapes = flatten(MLMamba(source.config).param_shapes())
+    shapes = flatten_dict(MLMamba(source.config).param_shapes(), sep="/")
     for name in missing_encoders(source):
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith(f"vision/{name}/")}
     wanted, present = by_key(source.pieces), set(source.keys)
@@ -101,24 +102,6 @@ def _fit(
     return pieces, wrong
 
 
-def flatten(tree: dict) -> dict:
-    """A nested dictionary -> its leaves by path, names joined by "/"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
-
-
-def unflatten(leaves: dict) -> dict:
-    """The inverse of `flatten`."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 def table(rows: Iterable[tuple[str, ...]]) -> str:
     """Columns, as wide as their widest entry."""
     rows = [tuple(map(str, row)) for row in rows]
@@ -126,7 +109,3 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
-
-
-def size_of(shape: Shape, dtype: np.dtype) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize

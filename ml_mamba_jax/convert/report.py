@@ -37,7 +37,7 @@ def summary(source: Source, plan: Plan) -> str:
     return table(rows)
 
 
-def tensors(read: Iterable[tuple[str, Shape, np.dtype, list[Piece]]]) -> str:
+def tensors(read: Iterable[tuple[str, Shape, np.dtype, list[Piece]]], *, with_dtype: bool = True) -> str:
     """One line for each kind of tensor, (key, shape, dtype, pieces): `{i}` stands for the layers."""
     folded: dict[tuple[str, ...], int] = {}
     for key, shape, dtype, pieces in read:
@@ -46,7 +46,7 @@ def tensors(read: Iterable[tuple[str, Shape, np.dtype, list[Piece]]]) -> str:
             folded[row] = folded.get(row, 0) + 1
     rows = [("tensor", "shape", "dtype", "transform", "parameter", "")]
     rows += [(*row, f"x {n}" if n > 1 else "") for row, n in folded.items()]
-    return table(rows)
+    return table(rows if with_dtype else [row[:2] + row[3:] for row in rows])
 
 
 def findings(found: Iterable[Finding]) -> str:

@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from ml_mamba_jax import checkpoint, serialize
 from ml_mamba_jax.convert.pieces import Piece
-from ml_mamba_jax.convert.plan import Finding, Plan, unflatten
+from ml_mamba_jax.convert.plan import Finding, Plan
 from ml_mamba_jax.convert.report import findings as as_table
 from ml_mamba_jax.convert.source import Source, missing_encoders
 from ml_mamba_jax.errors import ConvertError, InputError
@@ -79,7 +80,7 @@ def write(source: Source, plan: Plan, params: Mapping[str, np.ndarray], out: Pat
         tokenizer = None if source.tokenizer is None else Tokenizer.from_pretrained(source.tokenizer)
         checkpoint.write_model(folder, source.config, tokenizer)
         # orbax copies NumPy's arrays, but not JAX's; these share their memory with ours.
-        tree = jax.device_put(unflatten(dict(params)), jax.devices("cpu")[0], may_alias=True)
+        tree = jax.device_put(unflatten_dict(dict(params), sep="/"), jax.devices("cpu")[0], may_alias=True)
         checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
         serialize.write_text(folder / checkpoint.CONVERSION_FILE, json.dumps(record(source, plan), indent=1) + "\n")
 

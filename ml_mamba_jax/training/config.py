@@ -68,8 +68,10 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init: tuple[Path, ...] = ()
+    """Folders of runs or of converted weights to start from. Each gives the parts that it holds: language, connector, encoders."""
     tokenizer: str | None = None
-    """A hub id, a folder or a tokenizer.json. None: a byte-level BPE trained on the training text."""
+    """A hub id, a folder or a tokenizer.json. None: that of `init`, else a byte-level BPE trained on the training text."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 64

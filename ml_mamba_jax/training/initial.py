@@ -1,0 +1,73 @@
+"""Starting from parameters that exist: of converted weights, or of another run, part by part."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ml_mamba_jax import checkpoint, serialize
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
+
+FOR_RANDOM_WEIGHTS = ("dt_range", "A_range", "embedding_std", "chunk_size")
+"""Fields of a config that say nothing about parameters which exist."""
+
+
+def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> tuple[dict, list[str]]:
+    """Replace the parts of `params` (language, connector, vision/NAME) that the folders hold; a later folder wins.
+
+    Returns:
+        The parameters, each where it was on the mesh and in its dtype, and for every folder a line that says what was taken.
+
+    Raises:
+        InputError: a folder that shares no part with the model, or a part of another architecture; lists the fields that differ.
+        CheckpointError: a folder without checkpoint, or a damaged one.
+    """
+    flat, lines = flatten_dict(params, sep="/"), []
+    mine = parts(config)
+    for folder in folders:
+        theirs, missing = parts(checkpoint.load_config(folder)), checkpoint.missing_encoders(folder)
+        shared = [name for name in theirs if name in mine and name.removeprefix("vision/") not in missing]
+        if not shared:
+            raise InputError(
+                f"init: {folder} holds {', '.join(theirs)}, expected at least one of {', '.join(mine)} of the recipe's model"
+            )
+        for name in shared:
+            _check_alike(folder, name, theirs[name], mine[name])
+        found = flatten_dict(checkpoint.load_params(folder, without_encoders=True), sep="/")
+        for path, array in found.items():
+            if path.startswith(tuple(f"{name}/" for name in shared)):
+                flat[path] = jax.device_put(array.astype(flat[path].dtype), flat[path].sharding)
+        lines.append(f"{', '.join(shared)} from {folder}")
+    return unflatten_dict(flat, sep="/"), lines
+
+
+def tokenizer_of(folders: Sequence[Path]) -> Path | None:
+    """The tokenizer of the last folder that has a language model and a tokenizer."""
+    for folder in reversed(folders):
+        if "language" in parts(checkpoint.load_config(folder)) and (folder / TOKENIZER_FILE).is_file():
+            return folder
+    return None
+
+
+def parts(config: MLMambaConfig) -> dict[str, Any]:
+    """The configs of the parts of a model, by the path of their parameters."""
+    found = {"language": config.language, "connector": config.connector}
+    found |= {f"vision/{encoder.name}": encoder for encoder in config.vision}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _check_alike(folder: Path, name: str, theirs: Any, mine: Any) -> None:
+    changed = [line for line in serialize.differences(theirs, mine) if not _is_for_random_weights(line, theirs, mine)]
+    if changed:
+        raise InputError(f"init: {folder}: its {name} is another one than the recipe's: {'; '.join(changed)}")
+
+
+def _is_for_random_weights(line: str, theirs: Any, mine: Any) -> bool:
+    field = line.split(":")[0].split(".")
+    if field[-1] == "layer_scale":  # whether there is one matters, its initial value does not
+        return (theirs.layer_scale is None) == (mine.layer_scale is None)
+    return any(part in FOR_RANDOM_WEIGHTS for part in field)
