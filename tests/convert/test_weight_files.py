@@ -33,7 +33,7 @@ DTYPES = {
     torch.uint8: np.uint8,
     torch.bool: np.bool_,
 }
-SHAPES = {"matrix": (3, 4), "row": (7,), "number": (), "nothing": (0, 5), "conv": (2, 1, 4)}
+SHAPES = {"matrix": (3, 4), "row": (7,), "number": (), "nothing": (0, 5), "nothing else": (0, 5), "conv": (2, 1, 4)}
 
 
 def noise(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_tensors_that_are_views_of_others_read_right(tmp_path, save):
 
 @pytest.mark.parametrize("save", [save_zip, save_legacy])
 def test_tied_tensors_are_found(tmp_path, save):
-    embedding, other = torch.randn(5, 3), torch.randn(4, 3)
+    embedding, other = torch.randn(3, 3), torch.randn(4, 3)
     content = {
         "embedding.weight": embedding,
         "norm": other[0],
