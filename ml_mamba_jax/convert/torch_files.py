@@ -6,7 +6,7 @@ known exceptions. It does not keep a file of some hundred bytes from filling the
 repeat one number, or with constructors that are safe but large. So before torch sees a file,
 
 - `_check_archive` reads the directory of the archive: plain entries, one after the other, each name once;
-- `_check_pickle` reads the pickle's instructions without following them: only those of plain tensors, not too many;
+- `_check_pickle` reads the pickle's instructions without executing them: only those of plain tensors, not too many;
 
 and afterwards every tensor is compared with what the file holds of it.
 """
