@@ -6,7 +6,7 @@ known exceptions. It does not keep a file of some hundred bytes from filling the
 repeat one number, or with constructors that are safe but large. So before torch sees a file,
 
 - `_check_archive` reads the directory of the archive: plain entries, one after the other, each name once;
-- `_check_pickle` reads the pickle's instructions without following them: only those of plain tensors, not too many;
+- `_check_pickle` reads the pickle's instructions without executing them: only those of plain tensors, not too many;
 
 and afterwards every tensor is compared with what the file holds of it.
 """
@@ -37,6 +37,7 @@ MAX_INSTRUCTIONS = 500_000
 MAX_WORK = 5_000_000
 """Steps that they may take. An object that is used many times could take any number."""
 MAX_DEPTH = 16
+MAX_KEYS = 50_000
 MAX_KEY = 1000
 
 ALLOWED = (
@@ -153,7 +154,6 @@ def _check_archive(file: io.BufferedReader, path: Path) -> list[tuple[int, int]]
         root = roots.pop()
         check(f"{root}/constants.pkl" not in names, "got a TorchScript archive, expected the state_dict of a model")
         check(f"{root}/data.pkl" in names, "found no data.pkl in the zip archive, expected what torch.save writes")
-        check(entries[0].header_offset == 0, "got bytes before the first zip entry")
         storages = []
         for entry, end in zip(entries, [e.header_offset for e in entries[1:]] + [start], strict=True):
             name = entry.filename[:100]
@@ -263,7 +263,7 @@ def _flatten(content: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
             key = f"{prefix}{name}"
             if not 0 < len(key) <= MAX_KEY:
                 raise ConvertError(f"{path}: got key {key[:50]!r} of {len(key)} letters, expected 1 to {MAX_KEY}")
-            if depth > MAX_DEPTH or visited > MAX_INSTRUCTIONS:
+            if depth > MAX_DEPTH or visited > MAX_KEYS:
                 raise ConvertError(f"{path}: got dictionaries nested without end at {key[:50]!r}, {PLAIN}")
             if isinstance(value, dict):
                 visit(value, f"{key}/", depth + 1)
