@@ -18,10 +18,10 @@ FLOATS = {np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bf
 
 
 class Finding(NamedTuple):
-    """Something to say about one tensor. `is_problem`: the conversion cannot go on."""
+    """Something to say about one tensor, or the tokenizer. `is_problem`: the conversion cannot go on."""
 
     what: str
-    """missing, unexpected, shape, dtype, tied, padded, not needed, resampled, not finite."""
+    """missing, unexpected, shape, dtype, tied, padded, not needed, resampled, not finite, tokenizer."""
     key: str
     detail: str
     is_problem: bool
@@ -47,7 +47,7 @@ def make_plan(source: Source) -> Plan:
     for name in missing_encoders(source):
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith(f"vision/{name}/")}
     wanted, present = by_key(source.pieces), set(source.keys)
-    findings, used = [], {}
+    findings, used = [Finding("tokenizer", name, detail, False) for name, detail in source.notes], {}
     for key, pieces in wanted.items():
         if key not in present:
             if not all(piece.tied for piece in pieces):

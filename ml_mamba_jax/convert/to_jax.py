@@ -19,7 +19,6 @@ from ml_mamba_jax.convert.plan import Finding, Plan
 from ml_mamba_jax.convert.report import findings as as_table
 from ml_mamba_jax.convert.source import Source, missing_encoders
 from ml_mamba_jax.errors import ConvertError, InputError
-from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.vit import resample_positions
 
 ALIGNMENT = 64
@@ -77,8 +76,7 @@ def write(source: Source, plan: Plan, params: Mapping[str, np.ndarray], out: Pat
     """
     check_absent(out)
     with aside(out) as folder:
-        tokenizer = None if source.tokenizer is None else Tokenizer.from_pretrained(source.tokenizer)
-        checkpoint.write_model(folder, source.config, tokenizer)
+        checkpoint.write_model(folder, source.config, source.tokenizer)
         # orbax copies NumPy's arrays, but not JAX's; these share their memory with ours.
         tree = jax.device_put(unflatten_dict(dict(params), sep="/"), jax.devices("cpu")[0], may_alias=True)
         checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
