@@ -91,7 +91,8 @@ def _fit(
             index = (rows,) if pieces[0].path.endswith("embedding") else (slice(None), rows)
             padded = Finding("padded", key, f"rows {info.shape[0]} to {expected[0] - 1} are zeros", False)
             return [piece._replace(index=index) for piece in pieces], padded
-    if any(piece.resampled for piece in pieces) and info.shape[-1] == expected[-1]:
+    differs_in_rows = info.shape[:-2] == expected[:-2] and info.shape[-1] == expected[-1]
+    if differs_in_rows and any(piece.resampled for piece in pieces):
         n_other = expected[-2] - shapes[pieces[-1].path].shape[0]  # the class token's
         n_positions = info.shape[-2] - n_other
         if n_positions > 0 and math.isqrt(n_positions) ** 2 == n_positions:
