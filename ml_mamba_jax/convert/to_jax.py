@@ -88,7 +88,10 @@ def write(source: Source, plan: Plan, params: Mapping[str, np.ndarray], out: Pat
         checkpoint.write_model(folder, source.config, source.tokenizer)
         # orbax copies NumPy's arrays, but not JAX's; these share their memory with ours.
         tree = jax.device_put(unflatten_dict(dict(params), sep="/"), jax.devices("cpu")[0], may_alias=True)
-        checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
+        try:
+            checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
+        except ValueError as error:  # of tensorstore, whatever is wrong with the disk
+            raise InputError(f"{out}: cannot be written: {str(error).splitlines()[0][-200:]}") from error
         serialize.write_text(folder / checkpoint.CONVERSION_FILE, json.dumps(record(source, plan), indent=1) + "\n")
 
 
