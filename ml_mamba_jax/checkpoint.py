@@ -97,8 +97,8 @@ def load_params(
             raise CheckpointError(
                 f"{folder}: holds no parameters of the image encoders {', '.join(missing)}; convert again with their weights"
             )
-        for name in missing:
-            del shapes["vision"][name]
+        encoders = {name: tree for name, tree in shapes.pop("vision").items() if name not in missing}
+        shapes |= {"vision": encoders} if encoders else {}
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
