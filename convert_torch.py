@@ -15,7 +15,9 @@ from ml_mamba_jax.config import VISION_ENCODERS
 from ml_mamba_jax.convert.check import as_table
 from ml_mamba_jax.convert.families import FAMILIES
 from ml_mamba_jax.errors import InputError, one_line_errors
+from ml_mamba_jax.names import unknown
 
+DIRECTIONS = ("jax", "torch")
 FORMS = ("hf-mamba2", "timm-vit", "ml-mamba")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -58,8 +60,13 @@ def _check(args: argparse.Namespace) -> None:
     if args.out is None and not args.dry_run:
         raise InputError("OUT: got none, expected the folder to write; leave it away with --dry-run only")
     kinds = FORMS if args.to == "torch" else tuple(FAMILIES)
-    if args.kind is not None and args.kind not in kinds:
-        raise InputError(f"--kind: got {args.kind!r}, expected one of {', '.join(kinds)} with --to {args.to}")
+    for option, value, known in (
+        ("to", args.to, DIRECTIONS),
+        ("kind", args.kind, kinds),
+        ("dtype", args.dtype, DTYPES),
+    ):
+        if value is not None and value not in known:
+            raise InputError(f"--{option}: {unknown(option, value, known)}")
     if args.to == "torch":
         for option in ("encoder", "vision", "tokenizer"):
             if getattr(args, option):
@@ -72,12 +79,11 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("src", metavar="SRC", help="weights to convert: a file or a folder")
     add("out", metavar="OUT", nargs="?", help="folder to make; must not exist")
-    add("--to", choices=("jax", "torch"), default="jax", help="direction (default jax)")
+    add("--to", metavar="|".join(DIRECTIONS), default="jax", help="direction (default jax)")
     kinds = "\n".join(f"  {name:10} {family.description}" for name, family in FAMILIES.items())
     add("--kind", help=f"what SRC is, instead of looking at its tensors:\n{kinds}\nto torch: {', '.join(FORMS)}")
-    add(
-        "--dtype", choices=DTYPES, help="of the parameters (default float32), or of the tensors (default: as they came)"
-    )
+    dtypes = f"one of {', '.join(DTYPES)}"
+    add("--dtype", help=f"{dtypes}:\nof the parameters (default float32), or of the tensors (default: as they came)")
     add("--vision", metavar="PATH", action="append", default=[], help="weights of an encoder of a run; may be repeated")
     add("--encoder", metavar="NAME", help=f"convert an encoder for one of:\n{', '.join(VISION_ENCODERS)}")
     add("--tokenizer", metavar="FILE", help="tokenizer.json to go with the weights (default: the one beside them)")

@@ -56,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(folder: str) -> Chat:
     start = time.perf_counter()
+    if checkpoint.load_config(folder).language is None:
+        raise CheckpointError(
+            f"{folder}: holds image encoders alone, expected a model with a language part; choose another"
+        )
     model, params, tokenizer = checkpoint.load(folder)
     if tokenizer is None:
         raise CheckpointError(f"{folder}: found no tokenizer.json, expected that of the model; copy it there")

@@ -7,7 +7,7 @@ numbers only.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ml_mamba_jax.names import unknown
 
@@ -19,6 +19,14 @@ BIDIRECTIONAL_SCAN = ("rows", "rows_reversed")
 """BSM: the patches in reading order, and backwards."""
 CROSS_SCAN = ("rows", "columns", "rows_reversed", "columns_reversed")
 """CSM: rows and columns, both ways; in the order of VMamba's cross scan (arXiv 2401.10166)."""
+
+
+def _check_sizes(config: Any, least: int = 1, **least_of: int) -> None:
+    """Raise ValueError for a whole number of `config` that is no size."""
+    for field in dataclasses.fields(config):
+        value, lowest = getattr(config, field.name), least_of.get(field.name, least)
+        if type(value) is int and value < lowest:
+            raise ValueError(f"{type(config).__name__}: got {field.name} {value}, expected at least {lowest}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,7 @@ class MixerConfig:
     """Tokens per chunk of the SSD; None lets the kernel choose. Changes results by rounding only."""
 
     def __post_init__(self):
+        _check_sizes(self)
         if self.d_inner % self.head_dim:
             raise ValueError(
                 f"MixerConfig: got d_inner {self.d_inner}, expected a multiple of head_dim {self.head_dim}"
@@ -95,6 +104,9 @@ class Mamba2Config:
     residual_in_float32: bool = True
     """Keep the residual stream in float32 whatever the compute dtype."""
 
+    def __post_init__(self):
+        _check_sizes(self)
+
     @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -133,6 +145,13 @@ class ViTConfig:
     """resize-crop and letterbox scale the shorter side to floor(image_size / crop_fraction) before they cut out the middle."""
 
     def __post_init__(self):
+        _check_sizes(self, n_registers=0)
+        if self.width % self.n_heads:
+            raise ValueError(f"ViTConfig: got width {self.width}, expected a multiple of n_heads {self.n_heads}")
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"ViTConfig: got image_size {self.image_size}, expected at least one patch of {self.patch_size}"
+            )
         if self.class_position and not self.class_token:
             raise ValueError("ViTConfig: got class_position without class_token, expected both or neither")
 
@@ -182,6 +201,9 @@ class ConnectorConfig:
     pooled_grid: tuple[int, int] = (14, 14)
     """Visual tokens (rows, columns) of fused-ldpnet."""
     norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _check_sizes(self)
 
 
 Resize = Literal["resize-naive", "resize-crop", "letterbox"]

@@ -38,7 +38,7 @@ def edited(**changes) -> str:
         (edited(resize="stretch"), r"config\.resize: got 'stretch', expected one of 'resize-naive'"),
         (edited(vision={}), r"config\.vision: got {}, expected a list"),
         (edited(language=3), r"config\.language: got 3"),
-        (edited(connector=None), "only one of vision and connector"),
+        (edited(connector=None), "got language and vision, expected all of language, vision and connector"),
     ],
 )
 def test_what_is_wrong_is_named(text, message):

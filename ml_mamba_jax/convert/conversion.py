@@ -87,7 +87,7 @@ def export_torch(
         try:
             for path in to_torch.parts(out):
                 with open_source(path) as source:
-                    comparisons += checking.compare(source, checkpoint.ParamsOnDisk(folder))
+                    comparisons += checking.compare(source, checkpoint.ParamsOnDisk(folder), as_dtype=dtype)
         except BaseException:
             shutil.rmtree(out)
             raise

@@ -22,11 +22,17 @@ from ml_mamba_jax.config import (
 )
 from ml_mamba_jax.convert import tables
 from ml_mamba_jax.convert.pieces import Piece
-from ml_mamba_jax.errors import ConvertError
+from ml_mamba_jax.errors import ConvertError, InputError
 from ml_mamba_jax.names import unknown
 
 OWN_CONFIG = "ml_mamba_jax"
 """In a config.json that `to_torch` wrote, the whole of our config: it says what the original form has no word for."""
+
+MAX_CONFIG = 2**20
+"""Bytes of a config.json."""
+MAX_LAYERS = 1000
+MAX_SIZE = 10**6
+"""Of anything else that is counted: widths, rows, pixels."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of the tensors, by key."""
@@ -50,28 +56,41 @@ def detect(keys: Collection[str], path: Path) -> tuple[str, str]:
     """The kind of weights with these keys, and the prefix before all names.
 
     Raises:
-        ConvertError: none of `FAMILIES`; tells what was found.
+        ConvertError: none of `FAMILIES`, or several models; tells what was found.
     """
-    for name, pattern in _REFUSED.items():
-        if any(re.search(pattern, key) for key in keys):
-            raise ConvertError(f"{path}: got {name}, expected {_expected()}")
+    _refuse_others(keys, path)
     for kind, family in FAMILIES.items():
-        for key in keys:
-            if key.endswith(family.mark):
-                return kind, key.removesuffix(family.mark)
+        if any(_is_marked(key, family) for key in keys):
+            return kind, prefix_of(kind, keys, path)
     shown = ", ".join(sorted(keys)[:3])
-    raise ConvertError(f"{path}: got tensors of an unknown model ({shown}, ...), expected {_expected()}; pass --kind")
+    raise ConvertError(f"{path}: got tensors of an unknown model ({shown}, ...), expected {_expected()}")
 
 
 def prefix_of(kind: str, keys: Collection[str], path: Path) -> str:
-    """The prefix before the names of weights that somebody says are of this kind."""
+    """The prefix before the names of weights that are of this kind. Raises ConvertError where there are none, or several."""
     if kind not in FAMILIES:
         raise unknown("kind", kind, FAMILIES)
-    mark = FAMILIES[kind].mark
-    for key in keys:
-        if key.endswith(mark):
-            return key.removesuffix(mark)
-    raise ConvertError(f"{path}: found no tensor {mark}, expected {FAMILIES[kind].description}; leave --kind away")
+    _refuse_others(keys, path)
+    family = FAMILIES[kind]
+    prefixes = [key.removesuffix(family.mark) for key in keys if _is_marked(key, family)]
+    if not prefixes:
+        raise ConvertError(f"{path}: found no tensor {family.mark}, expected {family.description}; leave --kind away")
+    if len(prefixes) > 1:
+        raise ConvertError(
+            f"{path}: got {len(prefixes)} models, behind {' and '.join(map(repr, sorted(prefixes)[:3]))}, expected one: "
+            f"{family.description}; save the state_dict of one alone"
+        )
+    return prefixes[0]
+
+
+def _is_marked(key: str, family: Family) -> bool:
+    return key == family.mark or key.endswith((f".{family.mark}", f"/{family.mark}"))
+
+
+def _refuse_others(keys: Collection[str], path: Path) -> None:
+    for name, pattern in _REFUSED.items():
+        if any(re.search(pattern, key) for key in keys):
+            raise ConvertError(f"{path}: got {name}, expected {_expected()}")
 
 
 def _expected() -> str:
@@ -88,6 +107,15 @@ _REFUSED = {
 # Language models
 
 
+_MAMBA2_ARGUMENTS = (
+    *("layer", "d_state", "d_conv", "expand", "headdim", "ngroups", "norm_before_gate", "dt_limit"),
+    *("bias", "conv_bias", "D_has_hdim", "rmsnorm", "d_ssm"),
+    # How random parameters are made, and how the kernels run: nothing of a model that is trained.
+    *("conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "chunk_size", "use_mem_eff_path"),
+    "sequence_parallel",
+)
+
+
 def _mamba_ssm_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig:
     read = _Fields(config, path)
     ssm = _Fields(read.get("ssm_cfg", dict, {}), path, "ssm_cfg.")
@@ -95,6 +123,7 @@ def _mamba_ssm_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig
     read.only("blocks with an MLP", "d_intermediate", 0)
     read.only("attention layers", "attn_layer_idx", [])
     ssm.only("layers", "layer", "Mamba2", required=True)
+    ssm.no_others(_MAMBA2_ARGUMENTS)
     for name, value in {"bias": False, "conv_bias": True, "D_has_hdim": False, "rmsnorm": True, "d_ssm": None}.items():
         ssm.only("mixers", name, value)
     mixer = MixerConfig(
@@ -162,7 +191,9 @@ def _limit(values: list, path: Path) -> tuple[float, float]:
 
 def _hf_vision_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig:
     """CLIP, SigLIP or DINOv2 of transformers; a model of images and text holds the config of its encoder inside."""
-    read = _Fields(config.get("vision_config", config), path)
+    read = _Fields(config, path)
+    if "vision_config" in config:
+        read = _Fields(read.get("vision_config", dict), path, "vision_config.")
     is_dinov2, is_clip = "embeddings.cls_token" in shapes, "embeddings.class_embedding" in shapes
     like = VISION_ENCODERS["dinov2-vit-l" if is_dinov2 else "clip-vit-l" if is_clip else "siglip-vit-so400m"]
     width = read.get("hidden_size", int, 768)
@@ -180,7 +211,7 @@ def _hf_vision_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig
         depth=read.get("num_hidden_layers", int, 12),
         n_heads=read.get("num_attention_heads", int, 12),
         mlp_dim=mlp_dim,
-        n_registers=shapes.get("embeddings.register_tokens", (1, 0))[1],
+        n_registers=_axis(shapes, "embeddings.register_tokens", 1),
         norm_eps=read.get("layer_norm_eps", float, like.norm_eps),
         activation=activations[
             read.one_of("hidden_act", activations, {v: k for k, v in activations.items()}[like.activation])
@@ -201,9 +232,9 @@ def _timm_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig:
         "width": projection[0],
         "patch_size": projection[2],
         "depth": len({key.split(".")[1] for key in shapes if key.startswith("blocks.")}),
-        "mlp_dim": shapes.get("blocks.0.mlp.fc1.weight", (0,))[0],
+        "mlp_dim": _axis(shapes, "blocks.0.mlp.fc1.weight", 0),
         "class_token": "cls_token" in shapes,
-        "n_registers": shapes.get("reg_token", (1, 0))[1],
+        "n_registers": _axis(shapes, "reg_token", 1),
         "pre_norm": "norm_pre.weight" in shapes,
     }
     alike = [e for e in VISION_ENCODERS.values() if all(getattr(e, k) == v for k, v in structure.items())]
@@ -218,6 +249,11 @@ def _timm_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig:
     image_size = math.isqrt(n_patches) * projection[2]
     encoder = fitting[0] if fitting else dataclasses.replace(alike[0], image_size=image_size)
     return MLMambaConfig(language=None, vision=(encoder,))
+
+
+def _axis(shapes: Shapes, key: str, axis: int) -> int:
+    """Size of an axis of a tensor; 0 where there is no such tensor, or no such axis, which the plan then tells."""
+    return dict(enumerate(shapes.get(key, ()))).get(axis, 0)
 
 
 # All of ML-Mamba
@@ -277,6 +313,8 @@ class _Fields:
             raise ConvertError(
                 f"{self._path}: {self._name}{name}: got {value!r}, expected {getattr(of, '__name__', of)}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConvertError(f"{self._path}: {self._name}{name}: got {value}, expected a finite number")
         return value
 
     def only(self, what: str, name: str, value: Any, *, required: bool = False) -> None:
@@ -292,6 +330,12 @@ class _Fields:
         if value not in known:
             raise ConvertError(f"{self._path}: {unknown(f'{self._name}{name}', value, known)}")
         return value
+
+    def no_others(self, known: Collection[str]) -> None:
+        """Refuse fields of which nobody knows what they do."""
+        for name in self._fields:
+            if name not in known:
+                raise ConvertError(f"{self._path}: {unknown(f'field of {self._name[:-1]}', name, known)}")
 
 
 def _last_block(pattern: str) -> Callable[[MLMambaConfig], str]:
@@ -352,27 +396,64 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def read_config(kind: str, text: str | None, shapes: Shapes, path: Path) -> MLMambaConfig:
+def read_config(kind: str, shapes: Shapes, path: Path) -> MLMambaConfig:
     """The config of weights: from their config.json where they have one, and from the shapes of their tensors.
 
     Raises:
         ConvertError: no config.json where one is needed, one that cannot be read, or a model that is not ours; names the field.
     """
-    fields: Any = {}
-    if text is not None:
-        try:
-            fields = json.loads(text)
-        except ValueError as error:
-            raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ConvertError(f"{path}: got {type(fields).__name__}, expected an object")
-    elif kind != "timm-vit":
+    if path.is_file():
+        fields = _read_json(path)
+    elif kind == "timm-vit":
+        fields = {}
+    else:
         raise ConvertError(f"{path}: found no such file, expected the config of {FAMILIES[kind].description}")
     try:
         if OWN_CONFIG in fields:
-            return serialize.from_json(MLMambaConfig, json.dumps(fields[OWN_CONFIG]), f"{path}: {OWN_CONFIG}")
-        return FAMILIES[kind].read_config(fields, shapes, path)
-    except ConvertError:
-        raise
+            config = serialize.from_json(MLMambaConfig, json.dumps(fields[OWN_CONFIG]), f"{path}: {OWN_CONFIG}")
+        else:
+            config = FAMILIES[kind].read_config(fields, shapes, path)
+    except InputError as error:
+        raise ConvertError(str(error)) from error
     except ValueError as error:  # a config that checks itself
         raise ConvertError(f"{path}: {error}") from error
+    _check_sizes(config, path)
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+        if len(text) > MAX_CONFIG:
+            raise ConvertError(f"{path}: got more than {MAX_CONFIG} bytes, expected the config of a model")
+        fields = json.loads(text.decode("utf-8"))
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot read the file: {error.strerror}") from error
+    except ConvertError:
+        raise
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
+        raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConvertError(f"{path}: got {type(fields).__name__}, expected an object")
+    return fields
+
+
+def _check_sizes(config: MLMambaConfig, path: Path) -> None:
+    """A table has pieces for every layer, and there is a largest array: nonsense is told before either is made."""
+    language, connector = config.language, config.connector
+    mixers = [part.mixer for part in (language, connector) if part]
+    sizes = [("rows of the embedding", language.padded_vocab_size)] if language else []
+    sizes += [("features of a mixer", mixer.in_proj_features) for mixer in mixers]
+    sizes += [
+        (field.name, getattr(part, field.name))
+        for part in (*mixers, *config.vision)
+        for field in dataclasses.fields(part)
+        if isinstance(getattr(part, field.name), int)
+    ]
+    layers = [("layers", part.n_layers) for part in (language, connector) if part]
+    layers += [("layers", encoder.depth) for encoder in config.vision]
+    for most, numbers in ((MAX_LAYERS, layers), (MAX_SIZE, sizes)):
+        for name, number in numbers:
+            if number > most:
+                raise ConvertError(f"{path}: got {number} {name}, expected at most {most}")

@@ -18,10 +18,10 @@ FLOATS = {np.dtype(d) for d in (np.float64, np.float32, np.float16, ml_dtypes.bf
 
 
 class Finding(NamedTuple):
-    """Something to say about one tensor. `is_problem`: the conversion cannot go on."""
+    """Something to say about one tensor, or the tokenizer. `is_problem`: the conversion cannot go on."""
 
     what: str
-    """missing, unexpected, shape, dtype, tied, padded, not needed, resampled, not finite."""
+    """missing, unexpected, shape, dtype, tied, padded, not needed, resampled, not finite, tokenizer."""
     key: str
     detail: str
     is_problem: bool
@@ -47,7 +47,7 @@ def make_plan(source: Source) -> Plan:
     for name in missing_encoders(source):
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith(f"vision/{name}/")}
     wanted, present = by_key(source.pieces), set(source.keys)
-    findings, used = [], {}
+    findings, used = [Finding("tokenizer", name, detail, False) for name, detail in source.notes], {}
     for key, pieces in wanted.items():
         if key not in present:
             if not all(piece.tied for piece in pieces):
@@ -91,7 +91,8 @@ def _fit(
             index = (rows,) if pieces[0].path.endswith("embedding") else (slice(None), rows)
             padded = Finding("padded", key, f"rows {info.shape[0]} to {expected[0] - 1} are zeros", False)
             return [piece._replace(index=index) for piece in pieces], padded
-    if any(piece.resampled for piece in pieces) and info.shape[-1] == expected[-1]:
+    differs_in_rows = info.shape[:-2] == expected[:-2] and info.shape[-1] == expected[-1]
+    if differs_in_rows and any(piece.resampled for piece in pieces):
         n_other = expected[-2] - shapes[pieces[-1].path].shape[0]  # the class token's
         n_positions = info.shape[-2] - n_other
         if n_positions > 0 and math.isqrt(n_positions) ** 2 == n_positions:

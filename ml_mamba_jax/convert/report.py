@@ -10,6 +10,8 @@ from ml_mamba_jax.convert.plan import Finding, Plan, Shape, table
 from ml_mamba_jax.convert.source import Source
 
 MOST_SHOWN = 60
+MOST_LAYERS = 8
+LAYER = r"\b(?:layers?|blocks)\.(\d+)\."
 
 
 def describe(source: Source, plan: Plan) -> str:
@@ -50,17 +52,29 @@ def tensors(read: Iterable[tuple[str, Shape, np.dtype, list[Piece]]], *, with_dt
 
 
 def findings(found: Iterable[Finding]) -> str:
-    """The findings, problems first; equal ones of several layers are one line."""
-    folded: dict[tuple[str, str, str, str], int] = {}
+    """The findings, problems first; equal ones of several layers are one line that names the layers."""
+    folded: dict[tuple[str, str, str, str], list[Finding]] = {}
     for finding in sorted(found, key=lambda f: not f.is_problem):
         row = ("problem" if finding.is_problem else "", finding.what, _fold(finding.key), _fold(finding.detail))
-        folded[row] = folded.get(row, 0) + 1
-    rows = [(*row, f"x {n}" if n > 1 else "") for row, n in folded.items()]
+        folded.setdefault(row, []).append(finding)
+    rows = []
+    for row, alike in folded.items():
+        if len(alike) == 1:
+            rows.append((*row[:2], alike[0].key, alike[0].detail, ""))
+        else:
+            rows.append((*row, f"x {len(alike)}{_layers(alike)}"))
     more = f"\n... and {len(rows) - MOST_SHOWN} more" if len(rows) > MOST_SHOWN else ""
     return table(rows[:MOST_SHOWN]) + more
 
 
+def _layers(alike: list[Finding]) -> str:
+    """Which layers, if these are some of a kind."""
+    numbers = [found[1] for finding in alike if (found := re.search(LAYER, finding.key))]
+    more = f" and {len(numbers) - MOST_LAYERS} more" if len(numbers) > MOST_LAYERS else ""
+    return f": layers {', '.join(numbers[:MOST_LAYERS])}{more}" if numbers else ""
+
+
 def _fold(text: str) -> str:
     """Numbers of layers -> {i}."""
-    text = re.sub(r"\b(layers?|blocks)\.\d+\.", r"\1.{i}.", text)
+    text = re.sub(LAYER, lambda found: found[0].replace(found[1], "{i}"), text)
     return re.sub(r"(blocks/[\w/]+\[)\d+", r"\1i", text)

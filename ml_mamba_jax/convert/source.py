@@ -8,13 +8,14 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import numpy as np
 
-from ml_mamba_jax.config import VISION_ENCODERS, MLMambaConfig
+from ml_mamba_jax.config import VISION_ENCODERS, MLMambaConfig, ViTConfig
 from ml_mamba_jax.convert.families import FAMILIES, detect, prefix_of, read_config
 from ml_mamba_jax.convert.pieces import Piece
 from ml_mamba_jax.convert.weight_files import TensorInfo, WeightFiles, open_weights
-from ml_mamba_jax.errors import ConvertError
+from ml_mamba_jax.errors import ConvertError, InputError
 from ml_mamba_jax.names import unknown
 from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
+from ml_mamba_jax.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 RUN_CHECKPOINT = Path("checkpoints") / "latest-checkpoint.pt"
@@ -43,8 +44,7 @@ class Opened(NamedTuple):
 
     def read_config(self) -> MLMambaConfig:
         shapes = {key.removeprefix(self.prefix): self.weights.info(name).shape for key, name in self.names.items()}
-        text = self.config_path.read_text(encoding="utf-8") if self.config_path.is_file() else None
-        return read_config(self.kind, text, shapes, self.config_path)
+        return read_config(self.kind, shapes, self.config_path)
 
     def not_needed(self, config: MLMambaConfig) -> set[str]:
         """Keys that the model has no use for: those behind the last layer that it runs, and other models in the same file."""
@@ -56,8 +56,10 @@ class Opened(NamedTuple):
 class Source:
     """Everything that goes into one conversion. Close it, or use it as a context manager."""
 
-    def __init__(self, kind: str, path: Path, config: MLMambaConfig, tokenizer: Path | None):
+    def __init__(self, kind: str, path: Path, config: MLMambaConfig, tokenizer: Tokenizer | None):
         self.kind, self.path, self.config, self.tokenizer = kind, path, config, tokenizer
+        self.notes: list[tuple[str, str]] = []
+        """On files beside the weights: name, and what became of it."""
         self.pieces: list[Piece] = []
         self.not_needed: set[str] = set()
         self.encoders: dict[str, tuple[str, str]] = {}
@@ -119,39 +121,55 @@ def open_source(
         vision: files or folders with the encoders of a run of ML-Mamba, in any order. Default: those in its folder `vision`, where
             `to_torch` puts them.
         dtype: in which the parameters are to be kept.
-        tokenizer: a tokenizer.json to go with the weights; default: the one beside them, if there is one.
+        tokenizer: a tokenizer.json to go with a language model; default: the one beside it, if there is one that fits.
 
     Raises:
         ConvertError: files that cannot be read or are of no known kind, or encoders that do not belong to the run.
     """
+    dtypes = get_args(get_type_hints(MLMambaConfig)["param_dtype"])
+    if dtype not in dtypes:
+        raise unknown("dtype", dtype, dtypes)
     path = Path(path)
     opened = _open(path, kind)
     try:
         config = opened.read_config()
+        if encoder is not None:
+            config = config.replace(vision=(_chosen_encoder(encoder, opened, config),))
+        carried, note = _find_tokenizer(opened, config, tokenizer)
     except BaseException:
         opened.weights.close()
         raise
-    if encoder is not None:
-        if config.language is not None:
-            raise ConvertError(f"{path}: got encoder {encoder} for a {opened.kind}, expected it for an encoder alone")
-        if encoder not in VISION_ENCODERS:
-            raise unknown("encoder", encoder, VISION_ENCODERS)
-        config = config.replace(vision=(VISION_ENCODERS[encoder],))
-    if vision and opened.kind != "ml-mamba":
-        raise ConvertError(f"{path}: got vision weights for a {opened.kind}, expected them for a run of ML-Mamba only")
-    if dtype not in get_args(get_type_hints(MLMambaConfig)["param_dtype"]):
-        raise unknown("dtype", dtype, get_args(get_type_hints(MLMambaConfig)["param_dtype"]))
-    source = Source(opened.kind, path, config.replace(param_dtype=dtype), _find_tokenizer(opened, tokenizer))
+    source = Source(opened.kind, path, config.replace(param_dtype=dtype), carried)
+    source.notes += [note] if note else []
     source.add(opened, FAMILIES[opened.kind].pieces(config, opened.prefix), opened.not_needed(config))
     if config.language is None:
         source.encoders[config.vision[0].name] = (opened.kind, opened.prefix)
     try:
-        for vision_path in vision or sorted((path / ENCODERS_FOLDER).glob("*")):
+        if vision and opened.kind != "ml-mamba":
+            raise ConvertError(
+                f"{path}: got vision weights for a {opened.kind}, expected them for a run of ML-Mamba only"
+            )
+        for vision_path in vision or _encoders_beside(opened):
             _add_encoder(source, Path(vision_path))
     except BaseException:
         source.__exit__(None, None, None)
         raise
     return source
+
+
+def _chosen_encoder(name: str, opened: Opened, config: MLMambaConfig) -> ViTConfig:
+    if config.language is not None:
+        raise ConvertError(f"{opened.path}: got encoder {name} for a {opened.kind}, expected it for an encoder alone")
+    if name not in VISION_ENCODERS:
+        raise unknown("encoder", name, VISION_ENCODERS)
+    return VISION_ENCODERS[name]
+
+
+def _encoders_beside(opened: Opened) -> list[Path]:
+    """The encoders that `to_torch` puts into the folder of a run."""
+    if opened.kind != "ml-mamba":
+        return []
+    return sorted((opened.config_path.parent / ENCODERS_FOLDER).glob("*"))
 
 
 def _open(path: Path, kind: str | None) -> Opened:
@@ -195,15 +213,34 @@ def _add_encoder(source: Source, path: Path) -> None:
     source.encoders[encoder.name] = (opened.kind, name + opened.prefix)
 
 
-def _find_tokenizer(opened: Opened, given: str | Path | None) -> Path | None:
-    if given is not None:
-        path = Path(given)
-        path = path / TOKENIZER_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise ConvertError(f"{path}: found no such tokenizer, expected a {TOKENIZER_FILE}")
-        return path
-    beside = opened.config_path.parent / TOKENIZER_FILE
-    return beside if beside.is_file() else None
+def _find_tokenizer(
+    opened: Opened, config: MLMambaConfig, given: str | Path | None
+) -> tuple[Tokenizer | None, tuple[str, str] | None]:
+    """The tokenizer that was given, or the one beside the weights; and a note where that is left out, with its file.
+
+    Raises:
+        ConvertError: the one that was given is no tokenizer of this model.
+    """
+    path = opened.config_path.parent / TOKENIZER_FILE if given is None else Path(given)
+    path = path / TOKENIZER_FILE if path.is_dir() else path
+    if given is not None and not path.is_file():
+        raise ConvertError(f"{path}: found no such tokenizer, expected a {TOKENIZER_FILE}")
+    if given is not None and config.language is None:
+        raise ConvertError(f"{path}: got a tokenizer for a {opened.kind}, expected it for a language model only")
+    if not path.is_file() or config.language is None:
+        return None, None
+    try:
+        tokenizer, rows = Tokenizer.from_pretrained(path), config.language.padded_vocab_size
+        if tokenizer.vocab_size > rows:
+            raise InputError(
+                f"got {tokenizer.vocab_size} entries, expected at most one for each of the {rows} embeddings"
+            )
+    except InputError as error:
+        reason = str(error).removeprefix("tokenizer: ")
+        if given is not None:
+            raise ConvertError(f"{path}: cannot be the tokenizer of these weights: {reason}") from error
+        return None, (path.name, f"left out: {reason}; pass another with --tokenizer")
+    return tokenizer, None
 
 
 def missing_encoders(source: Source) -> list[str]:

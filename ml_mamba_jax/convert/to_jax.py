@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ from ml_mamba_jax.convert.plan import Finding, Plan
 from ml_mamba_jax.convert.report import findings as as_table
 from ml_mamba_jax.convert.source import Source, missing_encoders
 from ml_mamba_jax.errors import ConvertError, InputError
-from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.vit import resample_positions
 
 ALIGNMENT = 64
@@ -39,17 +39,23 @@ def assemble(source: Source, plan: Plan, *, progress: bool = False) -> dict[str,
         ConvertError: tensors that do not fit, are not finite (also after a cast to a narrower dtype), or should be equal and are
             not; all of them in one table.
     """
-    problems = list(plan.problems)
+    unfit = {finding.key for finding in plan.problems}
+    problems: list[Finding] = []
     params: dict[str, np.ndarray] = {}
-    if not problems:
-        for key, pieces in _with_progress(source, plan, progress):
-            tensor = source.read(key)
-            for piece in pieces:
-                if piece.path not in params:
-                    params[piece.path] = _zeros(plan.shapes[piece.path].shape, plan.shapes[piece.path].dtype)
-                problems += _place(key, piece, tensor, params[piece.path])
-    if problems:
-        raise ConvertError(f"{source.path}: {len(problems)} problems, nothing was written\n{as_table(problems)}")
+    for key, pieces in _with_progress(source, plan, progress):
+        if key in unfit:
+            continue
+        tensor = source.read(key)
+        for piece in pieces:
+            if piece.tied and piece.path not in params:
+                continue  # what it must equal is not there
+            if piece.path not in params:
+                params[piece.path] = _zeros(plan.shapes[piece.path].shape, plan.shapes[piece.path].dtype)
+            problems += _place(key, piece, tensor, params[piece.path])
+    if problems or plan.problems:
+        n_problems = len(problems) + len(plan.problems)
+        table = as_table([*plan.findings, *problems])
+        raise ConvertError(f"{source.path}: {n_problems} problems, nothing was written\n{table}")
     return params
 
 
@@ -58,12 +64,14 @@ def _place(key: str, piece: Piece, tensor: np.ndarray, parameter: np.ndarray) ->
     values = piece.layout.to_jax(tensor[piece.source])
     region = piece.region(parameter)
     if piece.tied:
-        is_equal = np.array_equal(region, values.astype(parameter.dtype, copy=False))
+        with np.errstate(all="ignore"):  # what is not finite after the cast was told of the other tensor
+            is_equal = np.array_equal(region, values.astype(parameter.dtype, copy=False), equal_nan=True)
         return [] if is_equal else [Finding("tied", key, f"differs from {piece.where}, expected equal numbers", True)]
     if piece.resampled and values.shape != region.shape:
         side = math.isqrt(len(region))
         values = np.asarray(resample_positions(jnp.asarray(values, jnp.float32), (side, side)))
-    region[...] = region + values if piece.added else values
+    with np.errstate(all="ignore"):  # infinities are told below
+        region[...] = region + values if piece.added else values
     if not np.isfinite(region).all():
         return [Finding("not finite", key, f"NaN or infinity as {parameter.dtype}", True)]
     return []
@@ -77,8 +85,7 @@ def write(source: Source, plan: Plan, params: Mapping[str, np.ndarray], out: Pat
     """
     check_absent(out)
     with aside(out) as folder:
-        tokenizer = None if source.tokenizer is None else Tokenizer.from_pretrained(source.tokenizer)
-        checkpoint.write_model(folder, source.config, tokenizer)
+        checkpoint.write_model(folder, source.config, source.tokenizer)
         # orbax copies NumPy's arrays, but not JAX's; these share their memory with ours.
         tree = jax.device_put(unflatten_dict(dict(params), sep="/"), jax.devices("cpu")[0], may_alias=True)
         checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
@@ -86,8 +93,12 @@ def write(source: Source, plan: Plan, params: Mapping[str, np.ndarray], out: Pat
 
 
 def check_absent(out: Path) -> None:
-    if out.exists():
+    """Raise InputError if `out` exists, or no folder can be made there."""
+    if os.path.lexists(out):
         raise InputError(f"{out}: exists already; name another folder or remove it")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{out}: cannot be written: {parent} is no folder that you may write to; name another one")
 
 
 @contextmanager
@@ -114,7 +125,7 @@ def record(source: Source, plan: Plan) -> dict:
             tensors.append(
                 {
                     "key": key,
-                    "file": info.file.name,
+                    "file": _label(info.file, source),
                     "shape": list(info.shape),
                     "dtype": str(info.dtype),
                     "transform": piece.how,
@@ -124,12 +135,18 @@ def record(source: Source, plan: Plan) -> dict:
     return {
         "kind": source.kind,
         "source": source.path.name,
-        "files": {str(file.name): _sha256(file) for file in source.files},
+        "files": {_label(file, source): _sha256(file) for file in source.files},
         "param_dtype": source.config.param_dtype,
         "missing_encoders": missing_encoders(source),
         "tensors": tensors,
         "findings": [finding._asdict() for finding in plan.findings],
     }
+
+
+def _label(file: Path, source: Source) -> str:
+    """The path of a file inside the source, or all of it for a file from elsewhere: names alone are often the same."""
+    root = source.path if source.path.is_dir() else source.path.parent
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
 
 
 def _sha256(file: Path) -> str:

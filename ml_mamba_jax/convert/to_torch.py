@@ -19,7 +19,7 @@ from ml_mamba_jax.convert.pieces import Piece, by_key, torch_shape
 from ml_mamba_jax.convert.report import tensors as pieces_table
 from ml_mamba_jax.convert.source import CONFIG_FILE, ENCODERS_FOLDER, RUN_CHECKPOINT
 from ml_mamba_jax.convert.to_jax import aside, check_absent
-from ml_mamba_jax.errors import ConvertError
+from ml_mamba_jax.errors import CheckpointError, ConvertError
 from ml_mamba_jax.names import unknown
 from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
 
@@ -145,6 +145,10 @@ def _check_parts(config: MLMambaConfig, form: Form, folder: Path) -> None:
     }[form]
     if absent := [part for part in needed if not getattr(config, part)]:
         raise ConvertError(f"{folder}: holds no {' and no '.join(absent)}, which {form} needs; choose another form")
+    if form == "timm-vit" and len(checkpoint.missing_encoders(folder)) == len(config.vision):
+        raise ConvertError(f"{folder}: was converted without its encoders, which {form} needs; choose another form")
+    if form == "hf-mamba2" and config.language.mixer.norm_before_gate:
+        raise ConvertError(f"{folder}: normalises before the gate, which {form} cannot; choose another form")
 
 
 def _dtype_of(folder: Path, dtype: str | None) -> Callable[[str, np.dtype], np.dtype]:
@@ -153,12 +157,14 @@ def _dtype_of(folder: Path, dtype: str | None) -> Callable[[str, np.dtype], np.d
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         return lambda key, own: DTYPES[dtype]
-    record = folder / checkpoint.CONVERSION_FILE
-    original = {}
+    record, original = folder / checkpoint.CONVERSION_FILE, {}
     if record.is_file():
-        tensors = json.loads(record.read_text(encoding="utf-8"))["tensors"]
-        # Encoders had their name before their keys, and a language model may have had another word for the embedding.
-        original = {_neutral(tensor["key"]): tensor["dtype"] for tensor in tensors}
+        try:
+            tensors = json.loads(record.read_text(encoding="utf-8"))["tensors"]
+            # Encoders had their name before their keys, and a language model may have had another word for the embedding.
+            original = {_neutral(tensor["key"]): tensor["dtype"] for tensor in tensors}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{record}: the record of the conversion is damaged; pass the dtype") from error
     return lambda key, own: DTYPES.get(original.get(_neutral(key), ""), own)
 
 
@@ -197,7 +203,10 @@ def _made(
             at_hand = {path: at_hand[path] if path in at_hand else params[path] for path in paths}
             made = np.empty(tensor.shape, tensor.dtype)
             for piece in tensor.pieces:
-                made[piece.source] = piece.layout.to_torch(piece.region(at_hand[piece.path]))
+                with np.errstate(over="ignore"):  # told below
+                    made[piece.source] = piece.layout.to_torch(piece.region(at_hand[piece.path]))
+            if not np.isfinite(made).all():
+                raise ConvertError(f"{tensor.key}: NaN or infinity as {made.dtype}; choose another dtype")
             yield tensor, made
             bar.update(tensor.nbytes)
 

@@ -76,7 +76,7 @@ def hf_features(kind: str, read: Read, encoder: ViTConfig, pixels, *, prefix: st
             )
 
             side = math.isqrt(read(f"{prefix}embeddings.position_embeddings").shape[1] - 1)
-            options |= {"mlp_ratio": encoder.mlp_dim / encoder.width, "num_register_tokens": encoder.n_registers}
+            options |= {"mlp_ratio": encoder.mlp_dim // encoder.width, "num_register_tokens": encoder.n_registers}
             options |= {"image_size": side * encoder.patch_size}
             model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**options))
         elif kind == "hf-siglip":
@@ -91,13 +91,20 @@ def hf_features(kind: str, read: Read, encoder: ViTConfig, pixels, *, prefix: st
 
             model = CLIPVisionModel(CLIPVisionConfig(**options, intermediate_size=encoder.mlp_dim))
     # Ids of positions are counted, not learnt, and are not in the weights.
-    model.load_state_dict({name: read(prefix + name) for name in model.state_dict()}, assign=True)
+    model.load_state_dict({name: read(prefix + _published(name)) for name in model.state_dict()}, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
                 module.register_buffer(name, torch.arange(buffer.shape[-1])[None], persistent=False)
     hidden = model.eval()(pixels, output_hidden_states=True).hidden_states[-1]
     return hidden[:, encoder.n_prefix_tokens :]
+
+
+def _published(name: str) -> str:
+    """The key in the weights of a parameter of DINOv2, whose modules have other names in newer versions of transformers."""
+    for new, old in {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}.items():
+        name = name.replace(f".attention.{new}.", f".attention.{old}.")
+    return name.replace(".attention.o_proj.", ".attention.output.dense.")
 
 
 def timm_features(read: Read, encoder: ViTConfig, pixels, *, prefix: str):
