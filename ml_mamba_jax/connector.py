@@ -46,7 +46,7 @@ class ScanBlock(nn.Module):
 
 
 class ScanConnector(nn.Module):
-    """Patch features [b rows*columns c] -> visual tokens [b l d]."""
+    """Patch features [b rows*columns c] -> visual tokens [b l_out d]: as many, or fewer with fused-ldpnet."""
 
     config: ConnectorConfig
     grid: tuple[int, int]
@@ -54,7 +54,7 @@ class ScanConnector(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, features: Float[Array, "b l c"]) -> Hidden:
+    def __call__(self, features: Float[Array, "b l c"]) -> Float[Array, "b l_out d"]:
         config = self.config
         x = features if config.scan == "none" else self._scan(features)
         return project(x, config, self.grid, self.dtype)

@@ -31,7 +31,9 @@ def project(
     return _pool(x, grid, config.pooled_grid, dtype) if config.projector == "fused-ldpnet" else x
 
 
-def _pool(x: Hidden, grid: tuple[int, int], pooled_grid: tuple[int, int], dtype: jnp.dtype) -> Hidden:
+def _pool(
+    x: Hidden, grid: tuple[int, int], pooled_grid: tuple[int, int], dtype: jnp.dtype
+) -> Float[Array, "b l_out d"]:
     """Average to `pooled_grid`, then add a depthwise 3 x 3 convolution of that: a positional encoding generator."""
     to_rows, to_columns = (jnp.asarray(pooling_matrix(*sizes), dtype) for sizes in zip(grid, pooled_grid, strict=True))
     width = x.shape[-1]
