@@ -1,8 +1,10 @@
 """A conversion from files to parameters, as `convert_torch.py` does it, and the measure of what it changed."""
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from torch import Tensor
 
@@ -11,6 +13,11 @@ from ml_mamba_jax.convert.plan import Finding, make_plan, unflatten
 from ml_mamba_jax.convert.source import open_source
 from ml_mamba_jax.convert.to_jax import assemble
 from ml_mamba_jax.model import MLMamba
+
+jit_small = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+"""`jax.jit` for small models, which take longer to compile than to run."""
 
 
 class Converted(NamedTuple):

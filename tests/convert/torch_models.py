@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ml_mamba_jax.config import ConnectorConfig, MixerConfig, ViTConfig
+from ml_mamba_jax.config import ConnectorConfig, Mamba2Config, MixerConfig, ViTConfig
 
 DIRECTION_SUFFIXES = ("", "_b", "_c", "_d")
 
@@ -26,7 +26,9 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
             elif "dt_bias" in name:
                 dt = p.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
                 p.copy_(dt + torch.log(-torch.expm1(-dt)))
-            elif any(word in name for word in ("pos_embed", "position_embedding", "class_embedding", "token", "latent")):
+            elif any(
+                word in name for word in ("pos_embed", "position_embedding", "class_embedding", "token", "latent")
+            ):
                 p.normal_(0, 0.5, generator=generator)
             elif name.endswith("bias"):
                 p.normal_(0, 0.2, generator=generator)
@@ -65,9 +67,7 @@ class RMSNorm(Weight):
 class Mixer(nn.Module):
     """A Mamba-2 mixer. With several directions over a grid the scan parameters after the first have a suffix."""
 
-    def __init__(
-        self, config: MixerConfig, directions: Sequence[str] = ("rows",), grid: tuple[int, int] | None = None
-    ):
+    def __init__(self, config: MixerConfig, directions: Sequence[str] = ("rows",), grid: tuple[int, int] | None = None):
         super().__init__()
         self.config, self.directions, self.grid = config, tuple(directions), grid
         self.in_proj = nn.Linear(config.d_model, config.in_proj_features, bias=False)
@@ -128,11 +128,12 @@ class SwiGLU(nn.Module):
 
 
 class AdvancedBlock(nn.Module):
-    def __init__(self, config: ConnectorConfig, grid: tuple[int, int]):
+    """Of the released connector."""
+
+    def __init__(self, mixer: Mixer):
         super().__init__()
-        width = config.mixer.d_model
-        self.mixer, self.norm = Mixer(config.mixer, config.directions, grid), nn.LayerNorm(width, eps=1e-5)
-        self.mlp = SwiGLU(width)
+        width = mixer.config.d_model
+        self.mixer, self.norm, self.mlp = mixer, nn.LayerNorm(width, eps=1e-5), SwiGLU(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(x)
@@ -140,18 +141,22 @@ class AdvancedBlock(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    def __init__(self, config: ConnectorConfig, grid: tuple[int, int]):
+    """Of a language model, and of the connector without SwiGLU."""
+
+    def __init__(self, mixer: Mixer):
         super().__init__()
-        self.mixer, self.norm = Mixer(config.mixer, config.directions, grid), RMSNorm(config.mixer.d_model)
+        self.mixer, self.norm = mixer, RMSNorm(mixer.config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mixer(self.norm(x))
 
 
 class VssBlock(nn.Module):
-    def __init__(self, config: ConnectorConfig, grid: tuple[int, int]):
+    """Of VL-Mamba's connector."""
+
+    def __init__(self, mixer: Mixer):
         super().__init__()
-        self.mixer = Mixer(config.mixer, config.directions, grid)
+        self.mixer = mixer
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mixer(F.gelu(x))
@@ -160,13 +165,34 @@ class VssBlock(nn.Module):
 BLOCKS = {"advanced": AdvancedBlock, "basic": BasicBlock, "vss-l2": VssBlock}
 
 
+class LanguageModel(nn.Module):
+    """Tokens [b l] -> logits, with the names of state-spaces; the head is the embedding."""
+
+    def __init__(self, config: Mamba2Config):
+        super().__init__()
+        width, rows = config.mixer.d_model, config.padded_vocab_size
+        self.backbone = nn.Module()
+        self.backbone.embedding = nn.Embedding(rows, width)
+        self.backbone.layers = nn.ModuleList(BasicBlock(Mixer(config.mixer)) for _ in range(config.n_layers))
+        self.backbone.norm_f = RMSNorm(width)
+        self.lm_head = nn.Linear(width, rows, bias=False)
+        self.lm_head.weight = self.backbone.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.backbone.embedding(tokens)
+        for layer in self.backbone.layers:
+            x = layer(x)
+        return self.lm_head(self.backbone.norm_f(x))
+
+
 class BidirectionalMamba(nn.Module):
     """The scan blocks and the norm after them."""
 
     def __init__(self, config: ConnectorConfig, grid: tuple[int, int]):
         super().__init__()
-        width = config.mixer.d_model
-        self.layers = nn.ModuleList(BLOCKS[config.scan](config, grid) for _ in range(config.n_layers))
+        width, block = config.mixer.d_model, BLOCKS[config.scan]
+        mixers = [Mixer(config.mixer, config.directions, grid) for _ in range(config.n_layers)]
+        self.layers = nn.ModuleList(map(block, mixers))
         self.norm_f = RMSNorm(width) if config.scan == "basic" else nn.LayerNorm(width, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,7 +237,11 @@ class Projector(nn.Module):
             )
         else:
             self.projector = nn.Sequential(
-                nn.Linear(v, 4 * v), nn.GELU(), nn.Linear(4 * v, d), Pool(grid, config.pooled_grid), PositionInjection(d)
+                nn.Linear(v, 4 * v),
+                nn.GELU(),
+                nn.Linear(4 * v, d),
+                Pool(grid, config.pooled_grid),
+                PositionInjection(d),
             )
 
     def forward(self, x: Tensor) -> Tensor:
