@@ -1,9 +1,8 @@
 """A folder of ours -> PyTorch weights, by the same tables read backwards."""
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -194,7 +193,7 @@ def _made(
     at_hand: dict[str, np.ndarray] = {}
     total = sum(tensor.nbytes for tensor in tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
-        for tensor in sorted(tensors, key=lambda tensor: tensor.pieces[0].path):
+        for tensor in _by_parameter(tensors):
             paths = {piece.path for piece in tensor.pieces}
             for path in at_hand.keys() - paths:
                 del at_hand[path]
@@ -209,12 +208,16 @@ def _made(
             bar.update(tensor.nbytes)
 
 
+def _by_parameter(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return sorted(tensors, key=lambda tensor: tensor.pieces[0].path)
+
+
 def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, folder: Path, progress: bool) -> None:
     """model.safetensors, or several shards and their index, as transformers reads them."""
     from safetensors.numpy import save_file
 
     shards: list[list[Tensor]] = [[]]
-    for tensor in tensors:
+    for tensor in _by_parameter(tensors):
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(tensor)
