@@ -1,16 +1,19 @@
 """How long a conversion takes, and how much memory: python benchmarks/convert.py [FOLDER] [--model NAME]
 
 Makes a synthetic checkpoint of ML-Mamba in PyTorch's form (random float32 numbers at the real shapes; 12.1 GB for ml-mamba-3b),
-unless FOLDER holds one already, and converts it. Peak memory is that of anonymous pages: mapped pages of the source are the
-system's to drop. Prints one JSON object.
+unless FOLDER holds one already, converts it, and converts the result back. Peak memory is that of anonymous pages: mapped pages
+of the source are the system's to drop. Prints one JSON object.
 """
 
 import argparse
+import filecmp
 import json
+import os
 import platform
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ml_mamba_jax.config import MLMambaConfig
-from ml_mamba_jax.convert import import_torch
+from ml_mamba_jax.convert import export_torch, import_torch
 from ml_mamba_jax.convert.pieces import by_key, torch_shape
 from ml_mamba_jax.convert.source import CONFIG_FILE, RUN_CHECKPOINT
 from ml_mamba_jax.convert.tables import ml_mamba
@@ -33,27 +36,36 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.folder / RUN_CHECKPOINT).is_file():
         make_checkpoint(MLMambaConfig.named(args.model), args.folder)
-    out = args.folder.with_name(f"{args.folder.name}-converted")
-    shutil.rmtree(out, ignore_errors=True)
-    with PeakMemory() as memory:
-        started = time.perf_counter()
-        import_torch(args.folder, out, progress=True)
-        seconds = time.perf_counter() - started
-    read = (args.folder / RUN_CHECKPOINT).stat().st_size
+    converted, back = (args.folder.with_name(f"{args.folder.name}-{name}") for name in ("converted", "back"))
+    for folder in (converted, back):
+        shutil.rmtree(folder, ignore_errors=True)
     shapes = flatten_dict(MLMamba(MLMambaConfig.named(args.model)).param_shapes(), sep="/")
     made = sum(a.size * a.dtype.itemsize for path, a in shapes.items() if not path.startswith("vision/"))
     result = {
         "benchmark": "convert",
         "model": args.model,
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "source_GB": round(read / 1e9, 2),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "source_GB": round((args.folder / RUN_CHECKPOINT).stat().st_size / 1e9, 2),
         "parameters_GB": round(made / 1e9, 2),
-        "seconds": round(seconds, 1),
-        "peak_anonymous_GB": round(memory.peak / 1e9, 2),
-        "beyond_parameters_GiB": round((memory.peak - made) / 2**30, 2),
+        "to_jax": measure(lambda: import_torch(args.folder, converted, progress=True), made),
+        "to_torch": measure(lambda: export_torch(converted, back, progress=True), made),
+        "same_file": filecmp.cmp(args.folder / RUN_CHECKPOINT, back / RUN_CHECKPOINT, shallow=False),
     }
     print(json.dumps(result, indent=1))
+
+
+def measure(convert: Callable[[], object], n_bytes: int) -> dict[str, float]:
+    """Seconds, and the peak of memory, also beyond the bytes of the parameters."""
+    with PeakMemory() as memory:
+        started = time.perf_counter()
+        convert()
+        seconds = time.perf_counter() - started
+    return {
+        "seconds": round(seconds, 1),
+        "peak_anonymous_GB": round(memory.peak / 1e9, 2),
+        "beyond_parameters_GiB": round((memory.peak - n_bytes) / 2**30, 2),
+    }
 
 
 class PeakMemory:

@@ -38,8 +38,9 @@ MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 CONVERSION_FILE = "conversion.json"
 PARAMS = "params"
-CHUNK_BYTES = 2**26
-"""Arrays are written in chunks of about this size, so that reading one back takes little more memory than the array."""
+CHUNK_BYTES, FILE_BYTES = 2**25, 2**27
+"""Arrays are written in chunks and files of about these sizes. Writing and reading then take little memory besides the arrays:
+with the defaults of orbax, as much again."""
 
 
 class Loaded(NamedTuple):
@@ -97,8 +98,8 @@ def load_params(
             raise CheckpointError(
                 f"{folder}: holds no parameters of the image encoders {', '.join(missing)}; convert again with their weights"
             )
-        for name in missing:
-            del shapes["vision"][name]
+        encoders = {name: tree for name, tree in shapes.pop("vision").items() if name not in missing}
+        shapes |= {"vision": encoders} if encoders else {}
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
     target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
@@ -124,7 +125,7 @@ class ParamsOnDisk(Mapping[str, np.ndarray]):
         args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
         for parent in reversed(parents):
             item, args = {parent: item}, {parent: args}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _tree_checkpointer() as checkpointer:
             restore = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
             restored = checkpointer.restore(self._path, args=restore)
         return jax.tree.leaves(restored)[0]
@@ -165,10 +166,13 @@ def save(
     aside = final.with_name(f".{step}.partial")
     for left_over in (*aside.parent.glob(".*.partial"), final):  # of a run that was killed while writing
         shutil.rmtree(left_over, ignore_errors=True)
-    with _checkpointer() as checkpointer:
+    with _tree_checkpointer() as checkpointer:
         for name, tree in items.items():
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-            checkpointer.save((aside / name).absolute(), args=ocp.args.StandardSave(tree, save_args=chunks))
+            checkpointer.save(
+                (aside / name).absolute(),
+                args=ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES),
+            )
     serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress or {}), indent=1) + "\n")
     digests = {str(path.relative_to(aside)): _digest(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     serialize.write_text(aside / MANIFEST_FILE, json.dumps({"sha256": digests}, indent=1) + "\n")
@@ -222,6 +226,11 @@ def _step_folder(folder: Path, step: int) -> Path:
 
 def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+
+
+def _tree_checkpointer() -> ocp.Checkpointer:
+    """For what the standard one has no options for. Both write and read the same files."""
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _digest(path: Path) -> str:

@@ -46,7 +46,7 @@ class ScanBlock(nn.Module):
 
 
 class ScanConnector(nn.Module):
-    """Patch features [b rows*columns c] -> visual tokens [b l d]."""
+    """Patch features [b rows*columns c] -> visual tokens [b l_out d]: as many, or fewer with fused-ldpnet."""
 
     config: ConnectorConfig
     grid: tuple[int, int]

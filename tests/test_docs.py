@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ml_mamba_jax.convert import keys
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NEEDS_RUN = "runs/digits-vqa"  # those are run by tests/training/test_train.py, beside a run
@@ -28,3 +30,8 @@ def test_block(name, tmp_path):
         [sys.executable, "-W", "error", "-c", BLOCKS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_keys_is_what_the_code_writes():
+    page = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
+    assert page == keys.page(), "renew it: python -m ml_mamba_jax.convert.keys > docs/keys.md"

@@ -12,11 +12,11 @@ HEAD = """\
 # Keys
 
 Which tensor of PyTorch is which parameter here, written by the code that converts them
-(`python -m ml_mamba_jax.convert.keys > docs/keys.md`). `{i}` is a layer; an index behind a parameter says which part of it the tensor
-fills: a layer, a scan direction, rows or columns. *transposed* turns `[out in]` into `[in out]`; *depthwise* drops the axis of size
-one; *patches* flattens a patch in the order row, column, channel; *added* adds to what another tensor has put there; *tied* tensors
-must equal the parameter and may be absent; *of [..]* takes a part of the tensor. Layers behind the second-to-last block of an encoder,
-its final norm and its heads are not needed.
+(`python -m ml_mamba_jax.convert.keys > docs/keys.md`). `{i}` is a layer; an index behind a parameter says which part of it the
+tensor fills: a layer, a scan direction, rows or columns. *transposed* turns `[out in]` into `[in out]`; *depthwise* drops the axis
+of size one; *patches* flattens a patch in the order row, column, channel; *added* adds to what another tensor has put there; *tied*
+tensors must equal the parameter and may be absent; *of [..]* takes a part of the tensor. Layers behind the second-to-last block of
+an encoder, its final norm and its heads are not needed.
 """
 
 

@@ -120,11 +120,11 @@ def aside(out: Path) -> Iterator[Path]:
 
 
 def record(source: Source, plan: Plan) -> dict:
-    """What was done, as JSON: source files with their SHA-256, and what became of every tensor."""
+    """What was done, as JSON: source files with their SHA-256, and what became of every tensor, in the order of the source."""
     tensors = []
-    for key, pieces in plan.pieces.items():
+    for key in source.keys:
         info = source.info(key)
-        for piece in pieces:
+        for piece in plan.pieces.get(key, ()):
             tensors.append(
                 {
                     "key": key,

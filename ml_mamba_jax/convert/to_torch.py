@@ -1,10 +1,8 @@
 """A folder of ours -> PyTorch weights, by the same tables read backwards."""
 
 import json
-import math
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -74,10 +72,9 @@ def write(
     _check_parts(config, form, folder)
     check_absent(out)
     params = checkpoint.ParamsOnDisk(folder)
-    choose = _dtype_of(folder, dtype)
     with aside(out) as target:
         for place, pieces in _tables(config, form, params).items():
-            tensors = _tensors(pieces, params, choose)
+            tensors = _tensors(pieces, params, folder, dtype)
             if place == str(RUN_CHECKPOINT):
                 _write_torch(tensors, params, target / place, progress)
                 beside = target
@@ -97,10 +94,9 @@ def describe(folder: Path, form: Form | None = None, dtype: str | None = None) -
     form = form or default_form(config)
     _check_parts(config, form, folder)
     params = checkpoint.ParamsOnDisk(folder)
-    choose = _dtype_of(folder, dtype)
     lines, n_tensors, total = [], 0, 0
     for place, pieces in _tables(config, form, params).items():
-        tensors = _tensors(pieces, params, choose)
+        tensors = _tensors(pieces, params, folder, dtype)
         n_tensors, total = n_tensors + len(tensors), total + sum(tensor.nbytes for tensor in tensors)
         lines += [f"\n{place}", pieces_table((t.key, t.shape, t.dtype, t.pieces) for t in tensors)]
     return "\n".join([f"{folder} as {form}: {n_tensors} tensors, {total / 1e9:.2f} GB", *lines])
@@ -151,56 +147,57 @@ def _check_parts(config: MLMambaConfig, form: Form, folder: Path) -> None:
         raise ConvertError(f"{folder}: normalises before the gate, which {form} cannot; choose another form")
 
 
-def _dtype_of(folder: Path, dtype: str | None) -> Callable[[str, np.dtype], np.dtype]:
-    """(key, dtype of the parameter) -> dtype of the tensor."""
-    if dtype is not None:
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
-        return lambda key, own: DTYPES[dtype]
-    record, original = folder / checkpoint.CONVERSION_FILE, {}
-    if record.is_file():
-        try:
-            tensors = json.loads(record.read_text(encoding="utf-8"))["tensors"]
-            # Encoders had their name before their keys, and a language model may have had another word for the embedding.
-            original = {_neutral(tensor["key"]): tensor["dtype"] for tensor in tensors}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{record}: the record of the conversion is damaged; pass the dtype") from error
-    return lambda key, own: DTYPES.get(original.get(_neutral(key), ""), own)
+class Original(NamedTuple):
+    """Of a tensor in the weights that a folder was converted from."""
+
+    position: int
+    dtype: str
 
 
-def _neutral(key: str) -> str:
-    return key.split(":")[-1].removeprefix("model/llm_backbone/").replace("backbone.embeddings.", "backbone.embedding.")
+def _originals(folder: Path) -> dict[tuple[str, bool], Original]:
+    """By what the tensor fills, and whether it is tied: its name may be another in another form."""
+    record = folder / checkpoint.CONVERSION_FILE
+    if not record.is_file():
+        return {}
+    try:
+        tensors = json.loads(record.read_text(encoding="utf-8"))["tensors"]
+        return {
+            (tensor["parameter"], "tied" in tensor["transform"]): Original(i, tensor["dtype"])
+            for i, tensor in enumerate(tensors)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{record}: the record of the conversion is damaged; remove it to do without") from error
 
 
-def _tensors(
-    pieces: Iterable[Piece], params: checkpoint.ParamsOnDisk, choose: Callable[[str, np.dtype], np.dtype]
-) -> list[Tensor]:
-    """The tensors of a table, those of one parameter after the other, the largest parameter first.
-
-    In this order at most one parameter has to be in memory besides the tensors, and that one while there are few of these.
-    """
-    tensors = []
+def _tensors(pieces: Iterable[Piece], params: checkpoint.ParamsOnDisk, folder: Path, dtype: str | None) -> list[Tensor]:
+    """The tensors of a table as they came, or in the order of the table where they never came from PyTorch."""
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    originals, tensors = _originals(folder), []
     for key, parts in by_key(pieces).items():
         shapes = {piece.path: tuple(params.shapes[piece.path].shape) for piece in parts}
         own = np.dtype(params.shapes[parts[0].path].dtype)
-        tensors.append(Tensor(key, parts, torch_shape(parts, shapes), choose(key, own)))
-    sizes = {path: math.prod(shape.shape) for path, shape in params.shapes.items()}
-    return sorted(tensors, key=lambda tensor: (-sizes[tensor.pieces[0].path], tensor.pieces[0].path))
+        original = originals.get((parts[0].where, parts[0].tied))
+        chosen = DTYPES[dtype] if dtype else DTYPES.get(original.dtype, own) if original else own
+        position = original.position if original else len(originals)
+        tensors.append((position, Tensor(key, parts, torch_shape(parts, shapes), chosen)))
+    return [tensor for _, tensor in sorted(tensors, key=lambda item: item[0])]
 
 
 def _made(
-    tensors: Iterable[Tensor], params: checkpoint.ParamsOnDisk, progress: bool
+    tensors: list[Tensor], params: checkpoint.ParamsOnDisk, progress: bool
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Each tensor as a contiguous array of its own."""
+    """Each tensor as a contiguous array, those of one parameter after the other: one parameter is in memory at a time."""
     from tqdm import tqdm
 
     at_hand: dict[str, np.ndarray] = {}
-    tensors = list(tensors)
     total = sum(tensor.nbytes for tensor in tensors)
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
-        for tensor in tensors:
+        for tensor in _by_parameter(tensors):
             paths = {piece.path for piece in tensor.pieces}
-            at_hand = {path: at_hand[path] if path in at_hand else params[path] for path in paths}
+            for path in at_hand.keys() - paths:
+                del at_hand[path]
+            at_hand |= {path: params[path] for path in paths - at_hand.keys()}
             made = np.empty(tensor.shape, tensor.dtype)
             for piece in tensor.pieces:
                 with np.errstate(over="ignore"):  # told below
@@ -211,12 +208,16 @@ def _made(
             bar.update(tensor.nbytes)
 
 
+def _by_parameter(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return sorted(tensors, key=lambda tensor: tensor.pieces[0].path)
+
+
 def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, folder: Path, progress: bool) -> None:
     """model.safetensors, or several shards and their index, as transformers reads them."""
     from safetensors.numpy import save_file
 
     shards: list[list[Tensor]] = [[]]
-    for tensor in tensors:
+    for tensor in _by_parameter(tensors):
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(tensor)
@@ -235,29 +236,34 @@ def _write_safetensors(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, f
 
 
 def _write_torch(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, path: Path, progress: bool) -> None:
-    """`{"model": {"llm_backbone": {...}, "mlp": {...}, ...}}` with the tensors in the order of the table."""
+    """`{"model": {"llm_backbone": {...}, "mlp": {...}, ...}}`.
+
+    torch.save wants all tensors at once: they are made in a mapped file beside, so that memory does not have to hold them.
+    """
     import torch
 
-    arrays = {}
+    path.parent.mkdir(parents=True)
+    scratch = path.with_suffix(".scratch")
+    total = sum(tensor.nbytes for tensor in tensors)
+    memory, start, arrays = np.memmap(scratch, np.uint8, "w+", shape=total), 0, {}
     for tensor, array in _made(tensors, params, progress):
-        if array.dtype == DTYPES["bfloat16"]:  # torch knows no such NumPy dtype
-            arrays[tensor.key] = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            arrays[tensor.key] = torch.from_numpy(array)
+        # torch knows no bfloat16 of NumPy.
+        dtype = np.dtype(np.int16) if array.dtype == DTYPES["bfloat16"] else array.dtype
+        place = memory[start : start + tensor.nbytes].view(dtype).reshape(tensor.shape)
+        place[...] = array.view(dtype)
+        start += tensor.nbytes
+        arrays[tensor.key] = torch.from_numpy(place)
+        if dtype != array.dtype:
+            arrays[tensor.key] = arrays[tensor.key].view(torch.bfloat16)
     nested: dict = {}
-    for key in sorted(arrays, key=_in_run_order):
-        *parents, name = key.split("/")
+    for tensor in tensors:
+        *parents, name = tensor.key.split("/")
         node = nested
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = arrays[key]
-    path.parent.mkdir(parents=True)
+        node[name] = arrays[tensor.key]
     torch.save(nested, path)
-
-
-def _in_run_order(key: str) -> list:
-    """Sorts keys with their numbers as numbers."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+    scratch.unlink()
 
 
 def _hf_mamba2_config(config: MLMambaConfig) -> dict:
