@@ -99,9 +99,22 @@ def check_absent(out: Path) -> None:
     """Raise InputError if `out` exists, or no folder can be made there."""
     if os.path.lexists(out):
         raise InputError(f"{out}: exists already; name another folder or remove it")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    parent = _existing_parent(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{out}: cannot be written: {parent} is no folder that you may write to; name another one")
+
+
+def check_room(out: Path, n_bytes: int) -> None:
+    """Raise InputError if the disk has no room for so much."""
+    free = shutil.disk_usage(_existing_parent(out)).free
+    if n_bytes > free:
+        raise InputError(
+            f"{out}: needs {n_bytes / 1e6:,.2f} MB, but {free / 1e6:,.2f} MB are free; make room or choose another place"
+        )
+
+
+def _existing_parent(out: Path) -> Path:
+    return next(folder for folder in out.absolute().parents if folder.exists())
 
 
 @contextmanager
