@@ -32,12 +32,20 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the errors of this module into `error: ...` on stderr and an exit code; everything else keeps its traceback."""
+    """Turn the errors of this module, and those of the file system, into `error: ...` on stderr and an exit code.
+
+    Everything else keeps its traceback.
+    """
     try:
         yield
     except (InputError, NonFiniteError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:  # no file of a user
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(InputError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
