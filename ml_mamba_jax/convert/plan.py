@@ -85,7 +85,7 @@ def _fit(
     if info.dtype not in FLOATS:
         return pieces, Finding("dtype", key, f"got {info.dtype}, expected floating point", True)
     if info.shape == expected:
-        return pieces, None
+        return [piece._replace(resampled=False) for piece in pieces], None
     wrong = Finding("shape", key, f"got {list(info.shape)}, expected {list(expected)} for {pieces[0].where}", True)
     if len(info.shape) != len(expected):
         return pieces, wrong

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -559,3 +560,10 @@ def test_killed_at_any_point_the_output_is_absent_or_complete(ssm, converted, tm
         assert not partial.exists(), "what the killed conversion left is gone"
         assert (out / "conversion.json").read_bytes() == (converted / "conversion.json").read_bytes()
     assert left_over >= 5, "they were killed in the middle"
+
+
+def test_findings_are_those_that_are_documented():
+    folder = ROOT / "ml_mamba_jax" / "convert"
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py")))
+    (documented,) = re.findall(r'what: str\n    """([a-z, ]+)\."""', (folder / "plan.py").read_text(encoding="utf-8"))
+    assert set(re.findall(r'Finding\(\s*"([a-z ]+)"', text)) == set(documented.split(", "))
