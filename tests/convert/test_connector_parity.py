@@ -39,7 +39,11 @@ def cases() -> dict[str, ConnectorConfig]:
     found = {}
     for scan, directions, projector in itertools.product(("advanced", "basic", "vss-l2"), DIRECTIONS, PROJECTORS):
         found[f"{scan} {directions} {projector}"] = ConnectorConfig(
-            MIXER, scan=scan, directions=DIRECTIONS[directions], projector=projector
+            MIXER,
+            scan=scan,
+            n_layers=2 if scan == "advanced" else 1,
+            directions=DIRECTIONS[directions],
+            projector=projector,
         )
     for projector in PROJECTORS:
         found[f"none {projector}"] = ConnectorConfig(MIXER, scan="none", projector=projector)
