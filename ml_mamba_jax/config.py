@@ -60,6 +60,12 @@ class MixerConfig:
 
     def __post_init__(self):
         _check_sizes(self)
+        for name in ("dt_range", "A_range"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < float("inf"):
+                raise ValueError(f"MixerConfig: got {name} {low} to {high}, expected positive numbers in order")
+        if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            raise ValueError(f"MixerConfig: got dt_limit {self.dt_limit}, expected two numbers in order, none negative")
         if self.d_inner % self.head_dim:
             raise ValueError(
                 f"MixerConfig: got d_inner {self.d_inner}, expected a multiple of head_dim {self.head_dim}"
@@ -204,6 +210,11 @@ class ConnectorConfig:
 
     def __post_init__(self):
         _check_sizes(self)
+        if not self.directions or len(set(self.directions) & set(CROSS_SCAN)) < len(self.directions):
+            raise ValueError(
+                f"ConnectorConfig: got directions {', '.join(self.directions) or 'none'}, expected different names from "
+                f"{', '.join(CROSS_SCAN)}"
+            )
 
 
 Resize = Literal["resize-naive", "resize-crop", "letterbox"]

@@ -46,13 +46,15 @@ def import_torch(
 
     Raises:
         ConvertError: files that cannot be read, tensors that do not fit (all of them in one table), or models that differ.
-        InputError: `out` exists.
+        InputError: `out` exists, or cannot be written.
     """
     if out is not None:
         to_jax.check_absent(Path(out))
     with open_source(src, kind, encoder=encoder, vision=vision, tokenizer=tokenizer, dtype=dtype) as source:
         plan = make_plan(source)
         text = report.describe(source, plan) if dry_run else report.summary(source, plan)
+        if not dry_run:
+            to_jax.check_room(Path(out), plan.n_bytes)
         params = to_jax.assemble(source, plan, progress=progress)
         comparisons = checking.compare(source, params) if check else []
         if not dry_run:

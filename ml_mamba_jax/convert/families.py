@@ -80,6 +80,11 @@ def prefix_of(kind: str, keys: Collection[str], path: Path) -> str:
             f"{path}: got {len(prefixes)} models, behind {' and '.join(map(repr, sorted(prefixes)[:3]))}, expected one: "
             f"{family.description}; save the state_dict of one alone"
         )
+    first = next(name for name, other in FAMILIES.items() if prefixes[0] + other.mark in keys)
+    if first != kind:  # CLIP has all that SigLIP is known by
+        raise ConvertError(
+            f"{path}: got {FAMILIES[first].description}, expected {family.description}; leave --kind away"
+        )
     return prefixes[0]
 
 

@@ -37,6 +37,11 @@ class Plan(NamedTuple):
     findings: list[Finding]
 
     @property
+    def n_bytes(self) -> int:
+        """Of the parameters."""
+        return sum(shape.size * shape.dtype.itemsize for shape in self.shapes.values())
+
+    @property
     def problems(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.is_problem]
 

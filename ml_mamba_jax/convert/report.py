@@ -25,7 +25,6 @@ def describe(source: Source, plan: Plan) -> str:
 
 def summary(source: Source, plan: Plan) -> str:
     n_params = sum(shape.size for shape in plan.shapes.values())
-    n_bytes = sum(shape.size * shape.dtype.itemsize for shape in plan.shapes.values())
     counts = {}
     for finding in plan.findings:
         counts[finding.what] = counts.get(finding.what, 0) + 1
@@ -33,7 +32,7 @@ def summary(source: Source, plan: Plan) -> str:
         ("kind", source.kind),
         ("files", ", ".join(str(file) for file in source.files)),
         ("tensors", f"{len(source.keys):,}, of which {len(plan.pieces):,} are used"),
-        ("parameters", f"{n_params:,} in {len(plan.shapes)} arrays, {n_bytes / 1e9:.2f} GB"),
+        ("parameters", f"{n_params:,} in {len(plan.shapes)} arrays, {plan.n_bytes / 1e9:.2f} GB"),
         ("findings", ", ".join(f"{n} {what}" for what, n in counts.items()) or "none"),
     ]
     return table(rows)

@@ -88,7 +88,10 @@ def write(source: Source, plan: Plan, params: Mapping[str, np.ndarray], out: Pat
         checkpoint.write_model(folder, source.config, source.tokenizer)
         # orbax copies NumPy's arrays, but not JAX's; these share their memory with ours.
         tree = jax.device_put(unflatten_dict(dict(params), sep="/"), jax.devices("cpu")[0], may_alias=True)
-        checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
+        try:
+            checkpoint.save(folder, 0, {checkpoint.PARAMS: tree})
+        except ValueError as error:  # of tensorstore, whatever is wrong with the disk
+            raise InputError(f"{out}: cannot be written: {str(error).splitlines()[0][-200:]}") from error
         serialize.write_text(folder / checkpoint.CONVERSION_FILE, json.dumps(record(source, plan), indent=1) + "\n")
 
 
@@ -96,9 +99,22 @@ def check_absent(out: Path) -> None:
     """Raise InputError if `out` exists, or no folder can be made there."""
     if os.path.lexists(out):
         raise InputError(f"{out}: exists already; name another folder or remove it")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    parent = _existing_parent(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{out}: cannot be written: {parent} is no folder that you may write to; name another one")
+
+
+def check_room(out: Path, n_bytes: int) -> None:
+    """Raise InputError if the disk has no room for so much."""
+    free = shutil.disk_usage(_existing_parent(out)).free
+    if n_bytes > free:
+        raise InputError(
+            f"{out}: needs {n_bytes / 1e6:,.2f} MB, but {free / 1e6:,.2f} MB are free; make room or choose another place"
+        )
+
+
+def _existing_parent(out: Path) -> Path:
+    return next(folder for folder in out.absolute().parents if folder.exists())
 
 
 @contextmanager

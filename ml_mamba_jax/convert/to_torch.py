@@ -174,11 +174,15 @@ def _tensors(pieces: Iterable[Piece], params: checkpoint.ParamsOnDisk, folder: P
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     originals, tensors = _originals(folder), []
+    of_parameter: dict[str, set[str]] = {}  # for tensors that were others: three that have become one
+    for (where, _), original in originals.items():
+        of_parameter.setdefault(where.partition("[")[0], set()).add(original.dtype)
     for key, parts in by_key(pieces).items():
         shapes = {piece.path: tuple(params.shapes[piece.path].shape) for piece in parts}
         own = np.dtype(params.shapes[parts[0].path].dtype)
         original = originals.get((parts[0].where, parts[0].tied))
-        chosen = DTYPES[dtype] if dtype else DTYPES.get(original.dtype, own) if original else own
+        theirs = {original.dtype} if original else of_parameter.get(parts[0].path, set())
+        chosen = DTYPES[dtype] if dtype else DTYPES.get(min(theirs), own) if len(theirs) == 1 else own
         position = original.position if original else len(originals)
         tensors.append((position, Tensor(key, parts, torch_shape(parts, shapes), chosen)))
     return [tensor for _, tensor in sorted(tensors, key=lambda item: item[0])]
