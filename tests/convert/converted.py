@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from torch import Tensor
 
 from ml_mamba_jax.config import MLMambaConfig
-from ml_mamba_jax.convert.plan import Finding, make_plan, unflatten
+from ml_mamba_jax.convert.plan import Finding, make_plan
 from ml_mamba_jax.convert.source import open_source
 from ml_mamba_jax.convert.to_jax import assemble
 from ml_mamba_jax.model import MLMamba
@@ -34,7 +35,7 @@ def convert(path: Path, **options) -> Converted:
     """`options` as of `open_source`."""
     with open_source(path, **options) as source:
         plan = make_plan(source)
-        return Converted(source.config, unflatten(assemble(source, plan)), plan.findings)
+        return Converted(source.config, unflatten_dict(assemble(source, plan), sep="/"), plan.findings)
 
 
 def relative_error(got, expected) -> float:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 from transformers import Mamba2Config as HFMamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM
@@ -27,7 +28,7 @@ from ml_mamba_jax.config import (
 from ml_mamba_jax.convert import tables, to_jax, to_torch
 from ml_mamba_jax.convert.families import OWN_CONFIG, read_config
 from ml_mamba_jax.convert.pieces import by_key, torch_shape
-from ml_mamba_jax.convert.plan import flatten, make_plan
+from ml_mamba_jax.convert.plan import make_plan
 from ml_mamba_jax.convert.source import RUN_CHECKPOINT, open_source
 from ml_mamba_jax.model import MLMamba
 from tests.convert.converted import convert, jit_small, relative_error
@@ -205,7 +206,7 @@ def test_runs_of_real_size_are_known_and_fit(name, language, vision, arch, tmp_p
     named = MLMambaConfig.named(name)
     shapes = run_shapes(named)
     assert read_config("ml-mamba", reference_config(language, vision, arch), shapes, tmp_path) == named
-    of_params = {path: shape.shape for path, shape in flatten(MLMamba(named).param_shapes()).items()}
+    of_params = {path: shape.shape for path, shape in flatten_dict(MLMamba(named).param_shapes(), sep="/").items()}
     expected = {key: torch_shape(pieces, of_params) for key, pieces in by_key(tables.ml_mamba(named)).items()}
     assert expected == shapes
 

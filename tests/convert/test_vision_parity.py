@@ -84,6 +84,7 @@ def test_siglip_so400m_at_384_pixels(tmp_path):
     theirs = hf_model(SiglipVisionModel, siglip_config(encoder))
     theirs.save_pretrained(tmp_path)
     ours = convert(tmp_path)
+    shutil.rmtree(tmp_path)
     assert ours.config.vision == (encoder,) and encoder.grid == (27, 27)
     images = pixels(384)
     expected = hf_features(theirs, images, 0)
@@ -161,6 +162,7 @@ def test_clip_b(tmp_path):
     theirs = hf_model(CLIPVisionModel, config)
     theirs.save_pretrained(tmp_path)
     ours = convert(tmp_path)
+    shutil.rmtree(tmp_path)
     # transformers says nothing of cropping; the rest is that of the encoder by name.
     assert ours.config.vision == (dataclasses.replace(encoder, crop_fraction=1.0),)
     images = pixels(224, batch=2)
