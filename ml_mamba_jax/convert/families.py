@@ -416,6 +416,7 @@ def read_config(kind: str, shapes: Shapes, path: Path) -> MLMambaConfig:
     try:
         if OWN_CONFIG in fields:
             config = serialize.from_json(MLMambaConfig, json.dumps(fields[OWN_CONFIG]), f"{path}: {OWN_CONFIG}")
+            _check_parts(config, kind, path)
         else:
             config = FAMILIES[kind].read_config(fields, shapes, path)
     except InputError as error:
@@ -424,6 +425,18 @@ def read_config(kind: str, shapes: Shapes, path: Path) -> MLMambaConfig:
         raise ConvertError(f"{path}: {error}") from error
     _check_sizes(config, path)
     return config
+
+
+def _check_parts(config: MLMambaConfig, kind: str, path: Path) -> None:
+    """A config of ours that stands beside weights of this kind describes them, and nothing that they are not."""
+    whole, language = kind == "ml-mamba", kind in ("mamba2", "hf-mamba2")
+    expected = {"language": whole or language, "vision": not language, "connector": whole}
+    got = {name: bool(getattr(config, name)) for name in expected}
+    if got != expected or (len(config.vision) > 1 and not whole):
+        parts = [name for name in ("language", "connector") if got[name]] + [encoder.name for encoder in config.vision]
+        raise ConvertError(
+            f"{path}: {OWN_CONFIG}: got a model of {', '.join(parts)}, expected the config of {FAMILIES[kind].description}"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -80,7 +80,10 @@ def test_kinds_that_are_said(sources, kind, said):
     if kind == said:
         assert found(sources[kind], said)[0] == kind
     elif (kind, said) == ("ml-mamba", "mamba2"):  # a run holds such a language model, but not its config
-        with pytest.raises(ConvertError, match=r"run/config\.json: ssm_cfg\.layer: got None"):
+        message = (
+            r"run/config\.json: ml_mamba_jax: got a model of language, connector, dinov2, siglip, expected the config"
+        )
+        with pytest.raises(ConvertError, match=message):
             found(sources[kind], said)
     else:
         with pytest.raises(ConvertError, match=r": (found no tensor|got) .*, expected .*; leave --kind away"):
@@ -429,6 +432,21 @@ REFUSED_FIELDS = [
         r"unknown field of .*ml_mamba_jax 'languag'; did you mean 'language'",
     ),
     ("timm-vit", {"ml_mamba_jax": {"language": None}}, r"ml_mamba_jax: MLMambaConfig: got no part"),
+    (
+        "timm-vit",
+        {"ml_mamba_jax": serialize.plain(TINY.replace(language=None, connector=None))},
+        r"model of dinov2, siglip",
+    ),
+    (
+        "timm-vit",
+        {"ml_mamba_jax": serialize.plain(MLMambaConfig(language=LANGUAGE))},
+        r"got a model of language, expected",
+    ),
+    (
+        "ml-mamba",
+        {"ml_mamba_jax": serialize.plain(MLMambaConfig(language=LANGUAGE))},
+        r"got a model of language, expected",
+    ),
     ("timm-vit", {"ml_mamba_jax": 7}, r"ml_mamba_jax: got 7, expected the fields of MLMambaConfig"),
 ]
 BASES = {"mamba2": MAMBA_SSM, "hf-mamba2": HF_MAMBA2}
