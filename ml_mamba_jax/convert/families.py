@@ -401,14 +401,14 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def read_config(kind: str, shapes: Shapes, path: Path) -> MLMambaConfig:
-    """The config of weights: from their config.json where they have one, and from the shapes of their tensors.
+def read_config(kind: str, text: str | None, shapes: Shapes, path: Path) -> MLMambaConfig:
+    """The config of weights: from the text of their config.json where they have one, and from the shapes of their tensors.
 
     Raises:
         ConvertError: no config.json where one is needed, one that cannot be read, or a model that is not ours; names the field.
     """
-    if path.is_file():
-        fields = _read_json(path)
+    if text is not None:
+        fields = _parse(text, path)
     elif kind == "timm-vit":
         fields = {}
     else:
@@ -439,18 +439,26 @@ def _check_parts(config: MLMambaConfig, kind: str, path: Path) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_text(path: Path) -> str | None:
+    """The text of a config.json, None where there is none. Raises ConvertError for one that cannot be read."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file:
             text = file.read(MAX_CONFIG + 1)
         if len(text) > MAX_CONFIG:
             raise ConvertError(f"{path}: got more than {MAX_CONFIG} bytes, expected the config of a model")
-        fields = json.loads(text.decode("utf-8"))
+        return text.decode("utf-8")
     except OSError as error:
         raise ConvertError(f"{path}: cannot read the file: {error.strerror}") from error
-    except ConvertError:
-        raise
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
+    except UnicodeDecodeError as error:
+        raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:  # no JSON, or nested without end
         raise ConvertError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConvertError(f"{path}: got {type(fields).__name__}, expected an object")

@@ -9,7 +9,7 @@ from typing import NamedTuple, get_args, get_type_hints
 import numpy as np
 
 from ml_mamba_jax.config import VISION_ENCODERS, MLMambaConfig, ViTConfig
-from ml_mamba_jax.convert.families import FAMILIES, detect, prefix_of, read_config
+from ml_mamba_jax.convert.families import FAMILIES, detect, prefix_of, read_config, read_text
 from ml_mamba_jax.convert.pieces import Piece
 from ml_mamba_jax.convert.weight_files import TensorInfo, WeightFiles, open_weights
 from ml_mamba_jax.errors import ConvertError, InputError
@@ -44,7 +44,7 @@ class Opened(NamedTuple):
 
     def read_config(self) -> MLMambaConfig:
         shapes = {key.removeprefix(self.prefix): self.weights.info(name).shape for key, name in self.names.items()}
-        return read_config(self.kind, shapes, self.config_path)
+        return read_config(self.kind, read_text(self.config_path), shapes, self.config_path)
 
     def not_needed(self, config: MLMambaConfig) -> set[str]:
         """Keys that the model has no use for: those behind the last layer that it runs, and other models in the same file."""

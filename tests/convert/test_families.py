@@ -21,7 +21,7 @@ from ml_mamba_jax.config import (
     ConnectorConfig,
     MLMambaConfig,
 )
-from ml_mamba_jax.convert.families import FAMILIES, detect, prefix_of, read_config
+from ml_mamba_jax.convert.families import FAMILIES, detect, prefix_of, read_config, read_text
 from ml_mamba_jax.convert.plan import make_plan
 from ml_mamba_jax.convert.source import open_source
 from ml_mamba_jax.errors import ConvertError, InputError
@@ -197,9 +197,15 @@ def test_what_nobody_knows_is_refused_with_what_was_found(tmp_path):
 # Configs of language models
 
 
+def read_beside(kind: str, shapes: dict, folder: Path) -> MLMambaConfig:
+    """The config of tensors of these shapes in a folder."""
+    path = folder / "config.json"
+    return read_config(kind, read_text(path), shapes, path)
+
+
 def read(kind: str, fields: dict, tmp_path: Path, shapes: dict | None = None) -> MLMambaConfig:
     write_json(tmp_path / "config.json", fields)
-    return read_config(kind, shapes or {}, tmp_path / "config.json")
+    return read_beside(kind, shapes or {}, tmp_path)
 
 
 def test_mamba_ssm_config(tmp_path):
@@ -274,10 +280,10 @@ def test_encoders_of_timm_are_known_by_their_shapes(tmp_path, name):
     shapes |= {"cls_token": (1, 1, width)} if encoder.class_token else {}
     shapes |= {"reg_token": (1, 4, width)} if encoder.n_registers else {}
     shapes |= {"norm_pre.weight": (width,)} if encoder.pre_norm else {}
-    assert read_config("timm-vit", shapes, tmp_path / "config.json").vision == (encoder,)
+    assert read_beside("timm-vit", shapes, tmp_path).vision == (encoder,)
     if encoder.name == "dinov2":
         published = shapes | {"pos_embed": (1, 37 * 37, width)}
-        (found_encoder,) = read_config("timm-vit", published, tmp_path / "config.json").vision
+        (found_encoder,) = read_beside("timm-vit", published, tmp_path).vision
         assert (found_encoder.image_size, found_encoder.n_patches) == (518, 37 * 37)
 
 
@@ -481,14 +487,14 @@ def one_line(error: ConvertError, folder: Path) -> bool:
 def test_a_config_that_is_no_json_object(tmp_path, kind, text, message):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ConvertError, match=message) as caught:
-        read_config(kind, {}, tmp_path / "config.json")
+        read_beside(kind, {}, tmp_path)
     assert one_line(caught.value, tmp_path)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "timm-vit"])
 def test_a_missing_config(sources, tmp_path, kind):
     with pytest.raises(ConvertError, match=r"config\.json: found no such file, expected the config of ") as caught:
-        read_config(kind, {}, tmp_path / "config.json")
+        read_beside(kind, {}, tmp_path)
     assert one_line(caught.value, tmp_path)
 
 
@@ -506,7 +512,7 @@ def test_a_missing_config(sources, tmp_path, kind):
 )
 def test_a_vit_that_nobody_knows(tmp_path, shapes, message):
     with pytest.raises(ConvertError, match=message) as caught:
-        read_config("timm-vit", {"patch_embed.proj.weight": (7, 3, 8, 8)} | shapes, tmp_path / "config.json")
+        read_beside("timm-vit", {"patch_embed.proj.weight": (7, 3, 8, 8)} | shapes, tmp_path)
     assert one_line(caught.value, tmp_path)
 
 
