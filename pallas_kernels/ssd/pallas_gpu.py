@@ -37,6 +37,7 @@ CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgm
 SHARED_MEMORY = 227 * 1024  # bytes that one thread block of an H100 or H200 may use
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 
+NO_AUTO = True
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that belongs to the rows of a matrix in registers
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -326,6 +327,7 @@ def _walk(*, plan, parts, x, B, factors, first_visible, C=None, D=None, z=None, 
         kernel_name="ssd_walk" if outputs else "ssd_states",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
+            unsafe_no_auto_barriers=NO_AUTO,
             # From 0.11 on the default infers layouts, and finds none for vectors read both as rows and as columns.
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
@@ -412,79 +414,86 @@ def _multiply(refs, buffers, stages, per_part, batch, part, first_chunk, warpgro
         state = _load(refs["state"].at[batch, part, one], plgpu.Layout.WGMMA, device_memory=True)
     else:
         state = plgpu.layout_cast(jnp.zeros((CHUNK, n), jnp.float32), plgpu.Layout.WGMMA)
+    i, j = (plgpu.broadcasted_iota(jnp.int32, square, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
     skip = columns(_load(refs["D"].at[one], COLUMNS, device_memory=True)) if "D" in refs else None
 
     def step(chunk, state):
         slot = lax.rem(chunk, stages)
         plgpu.barrier_wait(buffers["filled"].at[slot])
         x_tile, B_tile = buffers["x"].at[slot, warpgroup], buffers["B"].at[slot]
+        written_tile = buffers["written"].at[warpgroup]
         factors = buffers["factors"].at[slot, warpgroup]
-        s, u = (_load(factors.at[i], ROWS) for i in range(2))
         last = factors[0, CHUNK - 1]
-        x = _load(x_tile, plgpu.Layout.WGMMA).astype(jnp.float32)
-        to_end = jnp.exp2(last - u)
         kept = jnp.exp2(last)
         if "first_visible" in refs:
             first = buffers["first_visible"].at[slot]
             first_visible = _load(first, ROWS)
             start = _start_of_last(first[CHUNK - 1])
-            position = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
-            written = jnp.where(position >= start, x * rows(to_end), 0.0)
             kept = jnp.where(start < 0, kept, 0.0)
-        else:
-            written = x * rows(to_end)
 
-        if outputs:
-            buffers["state"].at[warpgroup][...] = state.astype(dtype)
-        buffers["written"].at[warpgroup][...] = written.astype(dtype)
-        plgpu.commit_smem()
+        def store_written():
+            x = _load(x_tile, plgpu.Layout.WGMMA)
+            written = x.astype(jnp.float32) * rows(jnp.exp2(last - _load(factors.at[1], ROWS)))
+            if "first_visible" in refs:
+                written = jnp.where(i >= start, written, 0.0)
+            written_tile[...] = written.astype(dtype)
+            return x
 
-        if outputs:
-            u_columns = _load(factors.at[1], COLUMNS)
+        def add_to(state_acc):
+            plgpu.wgmma(state_acc, written_tile.transpose((1, 0)), B_tile)
 
-            def products(scores_acc, from_state_acc):
-                C_tile = buffers["C"].at[slot]
-                plgpu.wgmma(scores_acc, C_tile, B_tile.transpose((1, 0)))
-                plgpu.wgmma(from_state_acc, C_tile, buffers["state"].at[warpgroup].transpose((1, 0)))
-                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
-                i = plgpu.broadcasted_iota(jnp.int32, square, 0, layout=plgpu.Layout.WGMMA)
-                j = plgpu.broadcasted_iota(jnp.int32, square, 1, layout=plgpu.Layout.WGMMA)
-                visible = i >= j
-                if "first_visible" in refs:
-                    visible &= j >= rows(first_visible)
-                weights = jnp.where(visible, scores * jnp.exp2(rows(s) - columns(u_columns)), 0.0)
-                return weights.astype(dtype), from_state_acc[...]
+        def walk_only(state_acc):
+            plgpu.commit_smem()  # all warps are done with the previous chunk's tile
+            store_written()
+            plgpu.commit_smem()
+            add_to(state_acc)
 
-            weights, y = pl.run_scoped(
-                products, plgpu.ACC(square, jnp.float32), plgpu.ACC(square, jnp.float32)
-            )
-            y = y * rows(jnp.exp2(s))
+        def walk(accumulators):
+            """Products are issued as early as their operands exist: the tensor cores work while scores are weighted."""
+            scores_acc, y_acc, state_acc = accumulators
+            C_tile, state_tile = buffers["C"].at[slot], buffers["state"].at[warpgroup]
+            plgpu.wgmma(scores_acc, C_tile, B_tile.transpose((1, 0)))
+            x = store_written()
+            state_tile[...] = state.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.wgmma(y_acc, C_tile, state_tile.transpose((1, 0)))
+            add_to(state_acc)
+
+            s, u = _load(factors.at[0], ROWS), _load(factors.at[1], COLUMNS)
+            visible = i >= j
+            if "first_visible" in refs:
+                visible &= j >= rows(first_visible)
+            decays = jnp.exp2(rows(s) - columns(u))
+            scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=2)
+            weights = jnp.where(visible, scores * decays, 0.0).astype(dtype)
+
+            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1) * rows(jnp.exp2(s))
             if "first_visible" in refs:
                 y = jnp.where(rows(first_visible) < 0, y, 0.0)
             if skip is not None:
-                y = y + skip * x
+                y = y + skip * x.astype(jnp.float32)
+            y_acc[...] = y
+            plgpu.wgmma(y_acc, weights, x_tile)
+            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=0)
 
-            y = pl.run_state(lambda acc: plgpu.wgmma(acc, weights, x_tile))(plgpu.ACC.init(y))
-
-        def write(acc):
-            plgpu.wgmma(acc, buffers["written"].at[warpgroup].transpose((1, 0)), B_tile)
-
-        state = pl.run_state(write)(plgpu.ACC.init(state * kept))
-
-        if outputs:
             if "z" in refs:
                 z = _load(buffers["z"].at[slot, warpgroup], plgpu.Layout.WGMMA).astype(jnp.float32)
                 y = y * (z / (1.0 + jnp.exp2(z * -math.log2(math.e))))
             if "first_visible" in refs:
                 y = jnp.where(rows(first_visible) < CHUNK, y, 0.0)
-        plgpu.barrier_arrive(buffers["consumed"].at[slot])
-        if outputs:
-            y_tile = buffers["y"].at[warpgroup]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous chunk's
-            y_tile[...] = y.astype(dtype)
+            buffers["y"].at[warpgroup][...] = y.astype(dtype)
             plgpu.commit_smem()
             tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
             plgpu.copy_smem_to_gmem(buffers["y flat"].at[warpgroup], refs["out y"].at[batch, tokens, one])
+
+        if outputs:
+            zeros = plgpu.layout_cast(jnp.zeros(square, jnp.float32), plgpu.Layout.WGMMA)
+            accumulators = (plgpu.ACC.init(zeros), plgpu.ACC.init(zeros), plgpu.ACC.init(state * kept))
+            _, _, state = pl.run_state(walk)(accumulators)
+        else:
+            state = pl.run_state(walk_only)(plgpu.ACC.init(state * kept))
+        plgpu.barrier_arrive(buffers["consumed"].at[slot])
         return state
 
     state = lax.fori_loop(0, per_part, step, state)
