@@ -37,7 +37,7 @@ CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgm
 SHARED_MEMORY = 227 * 1024  # bytes that one thread block of an H100 or H200 may use
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 
-NO_AUTO = True
+MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that belongs to the rows of a matrix in registers
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -99,9 +99,7 @@ def ssd(
         "initial_state": initial_state,
         "segment_ids": segment_ids,
     }
-    run = with_xla_gradient(
-        _forward, dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_state=return_final_state
-    )
+    run = with_xla_gradient(_forward, dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_state=return_final_state)
     return run({name: a for name, a in arrays.items() if a is not None})
 
 
@@ -135,21 +133,33 @@ def _forward(
     x, z = sliced(x), sliced(z)
     B, C = (_filled(_filled(a, -1, n), 1, 8) for a in (B, C))
     if D is not None:
-        D = D.astype(jnp.float32).reshape(heads, -1)
-        D = _filled(jnp.broadcast_to(D, (heads, head_dim)), -1, 64).reshape(slices, CHUNK)
+        D = D.astype(jnp.float32)
+        D = jnp.repeat(D, slices // heads) if D.ndim == 1 else _filled(D, -1, 64).reshape(slices, CHUNK)
     state = None
     if initial_state is not None:
         state = _filled(_filled(initial_state.astype(jnp.float32), 2, 64), 3, n).reshape(batch, 1, slices, CHUNK, n)
 
-    walk = functools.partial(_walk, plan=plan, x=x, B=B, factors=factors, first_visible=first_visible)
     if plan.parts > 1:
-        added = walk(parts=plan.parts - 1, keep_states=True)
-        kept = jnp.repeat(_kept_by_part(factors, first_visible, plan), slices // heads, axis=2)
+        to_end, kept = _by_part(factors, first_visible, plan)
+        added = _walk(plan=plan, parts=plan.parts - 1, x=x, B=B, factors=to_end, keep_states=True)
+        kept = jnp.repeat(kept, slices // heads, axis=2)[..., None, None]
         states = [jnp.zeros_like(added[:, 0]) if state is None else state[:, 0]]
         for part in range(plan.parts - 1):
-            states.append(kept[:, part, :, None, None] * states[-1] + added[:, part])
+            states.append(kept[:, part] * states[-1] + added[:, part])
         state = jnp.stack(states, axis=1)
-    y, final = walk(parts=plan.parts, C=C, D=D, z=z, state=state, keep_states=return_final_state)
+    y, final = _walk(
+        plan=plan,
+        parts=plan.parts,
+        x=x,
+        B=B,
+        factors=factors,
+        C=C,
+        D=D,
+        z=z,
+        state=state,
+        first_visible=first_visible,
+        keep_states=return_final_state,
+    )
     y = y.reshape(batch, length, heads, -1)[..., :head_dim]
     if not return_final_state:
         return y
@@ -178,12 +188,13 @@ def prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, chunks: int):
         segments = number_segments(segment_ids)
         dt = jnp.where(segments.real[..., None], dt, 0)
         first_visible = _first_visible(segments, chunks)
-    dt = jnp.pad(dt, ((0, 0), (0, chunks * CHUNK - length), (0, 0))).reshape(batch, chunks, CHUNK, heads)
-    decay = dt * (A.astype(jnp.float32) * math.log2(math.e))[None, None, None]
-    # A cumulative sum; as a matrix product it is one fast kernel, and lands in the layout that the walk reads.
-    sums = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    s = jnp.einsum("ij,bcjh->bhci", sums, decay, precision=lax.Precision.HIGHEST)
-    u = s - jnp.log2(jnp.transpose(dt, (0, 3, 1, 2)))
+    dt = jnp.pad(dt, ((0, 0), (0, chunks * CHUNK - length), (0, 0)))
+    dt = jnp.swapaxes(dt, 1, 2).reshape(batch, heads, chunks, CHUNK)
+    # The cumulative sum as a matrix product, which is one fast kernel; summed before A and log2(e) scale it.
+    upper = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    s = jnp.einsum("bhcj,ji->bhci", dt, upper, precision=lax.Precision.HIGHEST)
+    s = s * (A.astype(jnp.float32) * math.log2(math.e))[None, :, None, None]
+    u = s - jnp.log2(dt)
     return jnp.stack([s, u], axis=3), first_visible
 
 
@@ -209,15 +220,28 @@ def _start_of_last(first_visible):
     return jnp.where(first_visible < CHUNK, first_visible, first_visible - _PADDING)
 
 
-def _kept_by_part(factors, first_visible, plan):
-    """How much of the state that enters a part is left at its end, [b parts heads]."""
-    batch, heads = factors.shape[:2]
-    total = factors[:, :, :, 0, -1].reshape(batch, heads, plan.parts, -1).sum(axis=-1)
-    kept = jnp.exp2(jnp.swapaxes(total, 1, 2))
+def _by_part(factors, first_visible, plan):
+    """For the walk that only adds up states: how much of each token, and of the state before, is left where a part ends.
+
+    Returns exponents of 2 for the tokens [b h chunks 1 64], and factors for the states [b parts heads].
+    """
+
+    def by_part(a):
+        return a.reshape(*a.shape[:-1], plan.parts, plan.chunks_per_part)
+
+    last = factors[:, :, :, 0, -1]
+    total = lax.cumsum(by_part(last), axis=3, reverse=True).reshape(last.shape)  # from this chunk's start on
+    to_end = total[..., None] - factors[:, :, :, 1]
+    kept = jnp.exp2(jnp.swapaxes(by_part(total)[..., 0], 1, 2))
     if first_visible is not None:
-        unbroken = _start_of_last(first_visible[:, :, -1]).reshape(batch, plan.parts, -1).max(axis=-1) < 0
-        kept = jnp.where(unbroken[..., None], kept, 0)
-    return kept
+        start = _start_of_last(first_visible[:, :, -1])
+        starts = by_part(start >= 0).astype(jnp.int32)
+        later = lax.cumsum(starts, axis=2, reverse=True) - starts  # sequences that start in later chunks of the part
+        position = jnp.arange(CHUNK, dtype=jnp.int32)[None, None]
+        stays = (position >= start[..., None]) & (later.reshape(start.shape) == 0)[..., None]
+        to_end = jnp.where(stays[:, None], to_end, -jnp.inf)
+        kept = jnp.where((starts.sum(axis=2) == 0)[..., None], kept, 0)
+    return to_end[:, :, :, None], kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,12 +265,11 @@ def make_plan(batch: int, length: int, slices: int, groups: int, n: int) -> Plan
     chunks = -(-length // CHUNK)
 
     def microseconds(parts):
-        per_part = -(-chunks // parts)
-        waves = -(-blocks * parts // PROCESSORS)
+        """As measured on an H100: a chunk of the walk, a chunk of the walk that adds up states, chaining the states."""
+        per_part, rounds = -(-chunks // parts), -(-blocks * parts // PROCESSORS)
         if parts == 1:
-            return 1.4 * waves * per_part
-        first_waves = -(-blocks * (parts - 1) // PROCESSORS)
-        return (1.4 * waves + 0.6 * first_waves) * per_part + 15
+            return 1.6 * rounds * per_part
+        return (1.6 * rounds + 0.9 * -(-blocks * (parts - 1) // PROCESSORS)) * per_part + 10 + 2 * parts
 
     parts = min(range(1, min(chunks, 32) + 1), key=microseconds)
     parts = -(-chunks // -(-chunks // parts))  # no part behind the end
@@ -256,78 +279,47 @@ def make_plan(batch: int, length: int, slices: int, groups: int, n: int) -> Plan
 # The kernel.
 
 
-def _walk(*, plan, parts, x, B, factors, first_visible, C=None, D=None, z=None, state=None, keep_states=False):
-    """One launch over the first `parts` parts. With C: (y, final state or None), without: the states parts end with.
+def _walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, first_visible=None, keep_states=False):
+    """One launch over the first `parts` parts.
 
-    x, z [b l slices 64], B, C [b l g n], D [slices 64], state [b parts slices 64 n] that enters each part; a single one
-    for all when parts is 1.
+    With C: y, and the final state or None. `factors` and `first_visible` are those of `prepare`; x, z [b l slices 64],
+    B, C [b l g n], D [slices] or [slices 64], state [b parts slices 64 n] that enters each part.
+    Without C: what each part adds to the state, [b parts slices 64 n]. `factors` are those of `_by_part`.
     """
-    batch, length, slices, _ = x.shape
+    batch, _, slices, _ = x.shape
     groups, n = B.shape[2:]
-    dtype, outputs = x.dtype, C is not None
-    per_block, per_part = plan.heads, plan.chunks_per_part
-    slices_per_head = slices // factors.shape[1]
-    stages = _stages(per_block, n, outputs, z is not None, first_visible is not None)
-    assert slices % (groups * per_block) == 0
-
-    inputs = {"x": x, "B": B, "C": C, "z": z, "factors": factors, "first_visible": first_visible, "D": D, "state": state}
+    outputs = C is not None
+    inputs = {
+        "x": x,
+        "B": B,
+        "C": C,
+        "z": z,
+        "factors": factors,
+        "first_visible": first_visible,
+        "D": D,
+        "state": state,
+    }
     inputs = {name: a for name, a in inputs.items() if a is not None}
     out_type = {}
     if outputs:
-        out_type["y"] = jax.ShapeDtypeStruct(x.shape, dtype)
+        out_type["y"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
     if keep_states:
-        kept_parts = 1 if outputs else parts
-        out_type["states"] = jax.ShapeDtypeStruct((batch, kept_parts, slices, CHUNK, n), jnp.float32)
-
-    swizzle = plgpu.SwizzleTransform(128)
-
-    def operand(*shape):
-        """Shared memory that wgmma reads: tiles of 8 x 64. Copies from and to it need a multiple of 8 tokens."""
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
-
-    def square(*leading):
-        """64 x 64 as an `operand`, and without tiles for copies of any number of tokens: the bytes are the same."""
-        shape = (*leading, CHUNK, CHUNK)
-        return plgpu.RefUnion(operand(*shape), plgpu.SMEM(shape, dtype, transforms=(swizzle,)))
-
-    scratch = {
-        "x": square(stages, per_block),
-        "B": operand(stages, CHUNK, n),
-        "factors": plgpu.SMEM((stages, per_block, 2, CHUNK), jnp.float32),
-        "written": operand(per_block, CHUNK, CHUNK),
-        "filled": plgpu.Barrier(num_arrivals=_copies(inputs, per_block), num_barriers=stages),
-        "consumed": plgpu.Barrier(num_arrivals=per_block, num_barriers=stages),
-    }
-    if outputs:
-        scratch |= {
-            "C": operand(stages, CHUNK, n),
-            "state": operand(per_block, CHUNK, n),
-            "y": square(per_block),
-        }
-    if z is not None:
-        scratch["z"] = square(stages, per_block)
-    if first_visible is not None:
-        scratch["first_visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
-
-    def body(*refs, **buffers):
-        names = [*inputs, *(f"out {name}" for name in out_type)]
-        for name in ("x", "y", "z"):
-            if name in buffers:
-                buffers[name], buffers[f"{name} flat"] = buffers[name]
-        _body(dict(zip(names, refs, strict=True)), buffers, stages, per_block, per_part, slices_per_head, groups, parts)
-
+        shape = (batch, 1 if outputs else parts, slices, CHUNK, n)
+        out_type["states"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    block = Block(plan.heads, plan.chunks_per_part, parts, slices, groups, slices // factors.shape[1], n, x.dtype)
     results = plgpu.kernel(
-        body,
+        functools.partial(_body, block, [*inputs], [*out_type]),
         out_type=tuple(out_type.values()),
-        scratch_types=scratch,
-        grid=(slices // per_block, parts, batch),
+        scratch_types=_shared_memory(block, inputs),
+        grid=(slices // plan.heads, parts, batch),
         grid_names=("block", "part", "batch"),
-        num_threads=per_block + 1,
+        num_threads=plan.heads + 1,
         thread_name="warpgroup",
         kernel_name="ssd_walk" if outputs else "ssd_states",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            unsafe_no_auto_barriers=NO_AUTO,
+            # The kernel places its barriers itself: see `_shared_memory` for why they suffice.
+            unsafe_no_auto_barriers=True,
             # From 0.11 on the default infers layouts, and finds none for vectors read both as rows and as columns.
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
@@ -336,140 +328,228 @@ def _walk(*, plan, parts, x, B, factors, first_visible, C=None, D=None, z=None, 
     return (results["y"], results.get("states")) if outputs else results["states"]
 
 
-def _copies(inputs, per_block: int) -> int:
-    """Copies into shared memory for each chunk."""
-    shared = sum(name in inputs for name in ("B", "C", "first_visible"))
-    return shared + per_block * sum(name in inputs for name in ("x", "z", "factors"))
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a thread block does: `heads` slices, one for each warpgroup, over `chunks` chunks of one part."""
+
+    heads: int
+    chunks: int
+    parts: int
+    slices: int
+    groups: int
+    slices_per_head: int
+    n: int
+    dtype: jnp.dtype
 
 
-def _stages(per_block: int, n: int, outputs: bool, gated: bool, packed: bool) -> int:
+def _shared_memory(block: Block, inputs: dict) -> dict:
+    """The buffers of a thread block: a ring of chunks that copies fill, and what each warpgroup hands to wgmma.
+
+    A warpgroup overwrites `state`, `written` and `y` only when all of its warps are done with what was there. In the
+    walk with outputs the barrier before y is stored comes after all products of a chunk; in the walk without, a buffer
+    of `written` is used again after three chunks, and the barrier of the chunk before comes after its product.
+    """
+    heads, n, dtype = block.heads, block.n, block.dtype
+    outputs = "C" in inputs
+    stages = _stages(block, inputs)
+    swizzle = plgpu.SwizzleTransform(128)
+
+    def operand(*shape):
+        """Memory that wgmma reads: tiles of 8 x 64. Copies from and to it need a multiple of 8 tokens."""
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
+
+    def square(*leading):
+        """64 x 64 as an `operand`, and without tiles for copies of any number of tokens: the bytes are the same."""
+        shape = (*leading, CHUNK, CHUNK)
+        return plgpu.RefUnion(operand(*shape), plgpu.SMEM(shape, dtype, transforms=(swizzle,)))
+
+    copies = sum(name in inputs for name in ("B", "C", "first_visible"))
+    copies += heads * sum(name in inputs for name in ("x", "z", "factors"))
+    scratch = {
+        "x": square(stages, heads),
+        "B": operand(stages, CHUNK, n),
+        "factors": plgpu.SMEM((stages, heads, inputs["factors"].shape[3], CHUNK), jnp.float32),
+        "written": operand(heads, 1 if outputs else 3, CHUNK, CHUNK),
+        "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "consumed": plgpu.Barrier(num_arrivals=heads, num_barriers=stages),
+    }
+    if outputs:
+        scratch |= {"C": operand(stages, CHUNK, n), "state": operand(heads, CHUNK, n), "y": square(heads)}
+        if heads == 2:
+            scratch["turn"] = plgpu.Barrier(num_barriers=2)
+    if "z" in inputs:
+        scratch["z"] = square(stages, heads)
+    if "first_visible" in inputs:
+        scratch["first_visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
+    return scratch
+
+
+def _stages(block: Block, inputs: dict) -> int:
     """How many chunks fit into shared memory at once, at most 4."""
-    tile, wide = CHUNK * CHUNK * 2, CHUNK * n * 2
-    fixed = per_block * (tile + outputs * (tile + wide)) + 1024
-    stage = (1 + outputs) * wide + per_block * ((1 + gated) * tile + 2 * CHUNK * 4) + packed * CHUNK * 4
+    tile, wide, vector = CHUNK * CHUNK * 2, CHUNK * block.n * 2, CHUNK * 4
+    fixed = block.heads * (2 * tile + wide if "C" in inputs else 3 * tile) + 1024
+    stage = (1 + ("C" in inputs)) * wide + ("first_visible" in inputs) * vector
+    stage += block.heads * ((1 + ("z" in inputs)) * tile + inputs["factors"].shape[3] * vector)
     return min(4, (SHARED_MEMORY - fixed) // stage)
 
 
-def _body(refs, buffers, stages, per_block, per_part, slices_per_head, groups, parts):
+def _body(block, input_names, output_names, *refs, **buffers):
+    refs = dict(zip([*input_names, *(f"out {name}" for name in output_names)], refs, strict=True))
+    for name in ("x", "y", "z"):
+        if name in buffers:
+            buffers[name], buffers[f"{name} flat"] = buffers[name]
     warpgroup = lax.axis_index("warpgroup")
-    block, part, batch = lax.axis_index("block"), lax.axis_index("part"), lax.axis_index("batch")
-    slices = refs["x"].shape[2]
-    group = lax.div(block * per_block, slices // groups)
-    first_chunk = part * per_part
-    limit_registers = per_block > 1  # with two warpgroups each thread has all it can use
+    limit_registers = block.heads > 1  # with two warpgroups each thread has all it can use
 
-    @pl.when(warpgroup < per_block)
-    def _compute():
+    @pl.when(warpgroup < block.heads)
+    def _():
         if limit_registers:
             plgpu.set_max_registers(232, action="increase")
-        _multiply(refs, buffers, stages, per_part, batch, part, first_chunk, warpgroup, block * per_block + warpgroup, parts)
+        (_compute if "C" in refs else _add_up)(block, refs, buffers)
 
-    @pl.when(warpgroup == per_block)
-    def _copy():
+    @pl.when(warpgroup == block.heads)
+    def _():
         if limit_registers:
             plgpu.set_max_registers(40, action="decrease")
+        _copy(block, refs, buffers)
 
-        def fetch(chunk, slot):
-            tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
-            filled = buffers["filled"].at[slot]
-            for name in ("B", "C"):
+
+def _place(block):
+    """(batch, part, first slice of the block, first chunk of the part)"""
+    part = lax.axis_index("part")
+    return lax.axis_index("batch"), part, lax.axis_index("block") * block.heads, part * block.chunks
+
+
+def _copy(block, refs, buffers):
+    """Keeps the ring filled."""
+    batch, _, first, first_chunk = _place(block)
+    stages = buffers["B"].shape[0]
+    group = lax.div(first, block.slices // block.groups)
+
+    def fetch(chunk, slot):
+        tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
+
+        def copy(source, target):
+            plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
+
+        for name in ("B", "C"):
+            if name in refs:
+                copy(refs[name].at[batch, tokens, group], buffers[name].at[slot])
+        if "first_visible" in refs:
+            copy(refs["first_visible"].at[batch, first_chunk + chunk], buffers["first_visible"].at[slot])
+        for i in range(block.heads):
+            head = lax.div(first + i, block.slices_per_head)
+            copy(refs["factors"].at[batch, head, first_chunk + chunk], buffers["factors"].at[slot, i])
+            for name in ("x", "z"):
                 if name in refs:
-                    plgpu.copy_gmem_to_smem(refs[name].at[batch, tokens, group], buffers[name].at[slot], filled)
-            if "first_visible" in refs:
-                source = refs["first_visible"].at[batch, first_chunk + chunk]
-                plgpu.copy_gmem_to_smem(source, buffers["first_visible"].at[slot], filled)
-            for i in range(per_block):
-                one = block * per_block + i
-                source = refs["factors"].at[batch, lax.div(one, slices_per_head), first_chunk + chunk]
-                plgpu.copy_gmem_to_smem(source, buffers["factors"].at[slot, i], filled)
-                for name in ("x", "z"):
-                    if name in refs:
-                        target = buffers[f"{name} flat"].at[slot, i]
-                        plgpu.copy_gmem_to_smem(refs[name].at[batch, tokens, one], target, filled)
+                    copy(refs[name].at[batch, tokens, first + i], buffers[f"{name} flat"].at[slot, i])
 
-        for chunk in range(min(stages, per_part)):
-            fetch(chunk, chunk)
+    for chunk in range(min(stages, block.chunks)):
+        fetch(chunk, chunk)
 
-        @pl.loop(stages, max(per_part, stages))
+    @pl.loop(stages, max(block.chunks, stages))
+    def _(chunk):
+        slot = lax.rem(chunk, stages)
+        plgpu.barrier_wait(buffers["consumed"].at[slot])
+        fetch(chunk, slot)
+
+
+def _add_up(block, refs, buffers):
+    """A warpgroup adds up what the tokens of one slice leave in the state where the part ends."""
+    batch, part, first, _ = _place(block)
+    warpgroup = lax.axis_index("warpgroup")
+    stages = buffers["B"].shape[0]
+
+    def loop(state_acc):
+        @pl.loop(0, block.chunks)
         def _(chunk):
             slot = lax.rem(chunk, stages)
-            plgpu.barrier_wait(buffers["consumed"].at[slot])
-            fetch(chunk, slot)
+            plgpu.barrier_wait(buffers["filled"].at[slot])
+            to_end = jnp.exp2(_load(buffers["factors"].at[slot, warpgroup, 0], ROWS))
+            written = _load(buffers["x"].at[slot, warpgroup], MATRIX).astype(jnp.float32) * _rows(to_end)
+            tile = buffers["written"].at[warpgroup, lax.rem(chunk, 3)]
+            tile[...] = written.astype(block.dtype)
+            plgpu.commit_smem()
+            plgpu.wgmma(state_acc, tile.transpose((1, 0)), buffers["B"].at[slot])
+            plgpu.wgmma_wait(1)  # the previous chunk's is done, this one goes on
+
+            @pl.when(chunk > 0)
+            def _():
+                plgpu.barrier_arrive(buffers["consumed"].at[lax.rem(chunk + stages - 1, stages)])
+
+    state = pl.run_state(loop)(plgpu.ACC.init(_zeros(CHUNK, block.n)))
+    refs["out states"].at[batch, part, first + warpgroup][...] = state
 
 
-def _multiply(refs, buffers, stages, per_part, batch, part, first_chunk, warpgroup, one, parts):
-    """The walk of one warpgroup along the chunks of slice `one`."""
-    outputs = "C" in refs
-    n = refs["B"].shape[-1]
-    dtype = refs["x"].dtype
-    square = (CHUNK, CHUNK)
+def _compute(block, refs, buffers):
+    """A warpgroup walks along the chunks of one slice."""
+    batch, part, first, first_chunk = _place(block)
+    warpgroup = lax.axis_index("warpgroup")
+    one, stages, dtype = first + warpgroup, buffers["B"].shape[0], block.dtype
+    packed, taking_turns = "first_visible" in refs, "turn" in buffers
+    written_tile, state_tile = buffers["written"].at[warpgroup, 0], buffers["state"].at[warpgroup]
+    row = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
+    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLUMNS)
 
-    def rows(vector, shape=square):
-        return lax.broadcast_in_dim(vector, shape, [0])
-
-    def columns(vector, shape=square):
-        return lax.broadcast_in_dim(vector, shape, [1])
-
+    state = _zeros(CHUNK, block.n)
     if "state" in refs:
-        state = _load(refs["state"].at[batch, part, one], plgpu.Layout.WGMMA, device_memory=True)
-    else:
-        state = plgpu.layout_cast(jnp.zeros((CHUNK, n), jnp.float32), plgpu.Layout.WGMMA)
-    i, j = (plgpu.broadcasted_iota(jnp.int32, square, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
-    skip = columns(_load(refs["D"].at[one], COLUMNS, device_memory=True)) if "D" in refs else None
+        state = _load(refs["state"].at[batch, part, one], MATRIX, device_memory=True)
+    skip = None
+    if "D" in refs:
+        per_head = len(refs["D"].shape) == 1
+        skip = refs["D"][one] if per_head else _columns(_load(refs["D"].at[one], COLUMNS, device_memory=True))
+
+    if taking_turns:
+
+        @pl.when(warpgroup == 1)
+        def _():
+            plgpu.barrier_arrive(buffers["turn"].at[0])
 
     def step(chunk, state):
         slot = lax.rem(chunk, stages)
         plgpu.barrier_wait(buffers["filled"].at[slot])
+        if taking_turns:
+            plgpu.barrier_wait(buffers["turn"].at[warpgroup])
         x_tile, B_tile = buffers["x"].at[slot, warpgroup], buffers["B"].at[slot]
-        written_tile = buffers["written"].at[warpgroup]
         factors = buffers["factors"].at[slot, warpgroup]
         last = factors[0, CHUNK - 1]
         kept = jnp.exp2(last)
-        if "first_visible" in refs:
-            first = buffers["first_visible"].at[slot]
-            first_visible = _load(first, ROWS)
-            start = _start_of_last(first[CHUNK - 1])
+        i = _rows(lax.optimization_barrier(row))  # or the compiler keeps a whole mask in registers from chunk to chunk
+        j = _columns(column)
+        if packed:
+            first_visible = _rows(_load(buffers["first_visible"].at[slot], ROWS))
+            start = _start_of_last(buffers["first_visible"][slot, CHUNK - 1])
             kept = jnp.where(start < 0, kept, 0.0)
 
-        def store_written():
-            x = _load(x_tile, plgpu.Layout.WGMMA)
-            written = x.astype(jnp.float32) * rows(jnp.exp2(last - _load(factors.at[1], ROWS)))
-            if "first_visible" in refs:
+        def products(accumulators):
+            """Each is issued as early as its operands exist: the tensor cores work while the scores are weighted."""
+            scores_acc, y_acc, state_acc = accumulators
+            C = buffers["C"].at[slot]
+            if block.n <= 128:  # from registers both products run faster; a wider one does not fit
+                C = _load(C, MATRIX)
+            plgpu.wgmma(scores_acc, C, B_tile.transpose((1, 0)))
+
+            x = _load(x_tile, MATRIX)
+            written = x.astype(jnp.float32) * _rows(jnp.exp2(last - _load(factors.at[1], ROWS)))
+            if packed:
                 written = jnp.where(i >= start, written, 0.0)
             written_tile[...] = written.astype(dtype)
-            return x
-
-        def add_to(state_acc):
-            plgpu.wgmma(state_acc, written_tile.transpose((1, 0)), B_tile)
-
-        def walk_only(state_acc):
-            plgpu.commit_smem()  # all warps are done with the previous chunk's tile
-            store_written()
-            plgpu.commit_smem()
-            add_to(state_acc)
-
-        def walk(accumulators):
-            """Products are issued as early as their operands exist: the tensor cores work while scores are weighted."""
-            scores_acc, y_acc, state_acc = accumulators
-            C_tile, state_tile = buffers["C"].at[slot], buffers["state"].at[warpgroup]
-            plgpu.wgmma(scores_acc, C_tile, B_tile.transpose((1, 0)))
-            x = store_written()
             state_tile[...] = state.astype(dtype)
             plgpu.commit_smem()
-            plgpu.wgmma(y_acc, C_tile, state_tile.transpose((1, 0)))
-            add_to(state_acc)
+            plgpu.wgmma(y_acc, C, state_tile.transpose((1, 0)))
+            plgpu.wgmma(state_acc, written_tile.transpose((1, 0)), B_tile)
+            if taking_turns:
+                plgpu.barrier_arrive(buffers["turn"].at[1 - warpgroup])
 
             s, u = _load(factors.at[0], ROWS), _load(factors.at[1], COLUMNS)
-            visible = i >= j
-            if "first_visible" in refs:
-                visible &= j >= rows(first_visible)
-            decays = jnp.exp2(rows(s) - columns(u))
+            decays = jnp.exp2(_rows(s) - _columns(u))
+            visible = (i >= j) & (j >= first_visible) if packed else i >= j
             scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=2)
             weights = jnp.where(visible, scores * decays, 0.0).astype(dtype)
 
-            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1) * rows(jnp.exp2(s))
-            if "first_visible" in refs:
-                y = jnp.where(rows(first_visible) < 0, y, 0.0)
+            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1) * _rows(jnp.exp2(s))
+            if packed:
+                y = jnp.where(first_visible < 0, y, 0.0)
             if skip is not None:
                 y = y + skip * x.astype(jnp.float32)
             y_acc[...] = y
@@ -477,35 +557,43 @@ def _multiply(refs, buffers, stages, per_part, batch, part, first_chunk, warpgro
             y = plgpu.wgmma_accumulator_load(y_acc, wait_n=0)
 
             if "z" in refs:
-                z = _load(buffers["z"].at[slot, warpgroup], plgpu.Layout.WGMMA).astype(jnp.float32)
+                z = _load(buffers["z"].at[slot, warpgroup], MATRIX).astype(jnp.float32)
                 y = y * (z / (1.0 + jnp.exp2(z * -math.log2(math.e))))
-            if "first_visible" in refs:
-                y = jnp.where(rows(first_visible) < CHUNK, y, 0.0)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous chunk's
+            if packed:
+                y = jnp.where(first_visible < CHUNK, y, 0.0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous chunk's y
             buffers["y"].at[warpgroup][...] = y.astype(dtype)
             plgpu.commit_smem()
             tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
             plgpu.copy_smem_to_gmem(buffers["y flat"].at[warpgroup], refs["out y"].at[batch, tokens, one])
 
-        if outputs:
-            zeros = plgpu.layout_cast(jnp.zeros(square, jnp.float32), plgpu.Layout.WGMMA)
-            accumulators = (plgpu.ACC.init(zeros), plgpu.ACC.init(zeros), plgpu.ACC.init(state * kept))
-            _, _, state = pl.run_state(walk)(accumulators)
-        else:
-            state = pl.run_state(walk_only)(plgpu.ACC.init(state * kept))
+        zeros = _zeros(CHUNK, CHUNK)
+        accumulators = tuple(map(plgpu.ACC.init, (zeros, zeros, state * kept)))
+        *_, state = pl.run_state(products)(accumulators)
         plgpu.barrier_arrive(buffers["consumed"].at[slot])
         return state
 
-    state = lax.fori_loop(0, per_part, step, state)
+    state = lax.fori_loop(0, block.chunks, step, state)
     if "out states" in refs:
-        if outputs:
 
-            @pl.when(part == parts - 1)
-            def _():
-                refs["out states"].at[batch, 0, one][...] = state
-        else:
-            refs["out states"].at[batch, part, one][...] = state
+        @pl.when(part == block.parts - 1)
+        def _():
+            refs["out states"].at[batch, 0, one][...] = state
+
     plgpu.wait_smem_to_gmem(0)
+
+
+def _rows(vector):
+    """[64] over the rows of a square."""
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
+
+
+def _columns(vector):
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
+
+
+def _zeros(*shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
 
 
 # JAX 0.10 takes the index apart from the reference and insists on one.

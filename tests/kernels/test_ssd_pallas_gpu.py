@@ -5,6 +5,7 @@ from pallas_kernels.ssd import pallas_gpu
 from tests.kernels import walk_emulation
 from tests.kernels.ssd_suite import SSDSuite
 
+
 class TestAroundTheKernel(SSDSuite):
     implementation = "pallas_gpu"
 
@@ -13,10 +14,12 @@ class TestAroundTheKernel(SSDSuite):
         monkeypatch.setattr(pallas_gpu, "_walk", walk_emulation.walk)
         monkeypatch.setattr(pallas_gpu, "why_not_ssd", lambda *args, **kwargs: None)
         make_plan = pallas_gpu.make_plan
+
         def split(*args):
             plan = make_plan(*args)
             parts = min(request.param, plan.chunks)
             return dataclasses.replace(plan, parts=parts, chunks=-(-plan.chunks // parts) * parts)
+
         monkeypatch.setattr(pallas_gpu, "make_plan", split)
         jax.clear_caches()
 
