@@ -376,7 +376,7 @@ def _shared_memory(block: Block, inputs: dict) -> dict:
     }
     if outputs:
         scratch |= {"C": operand(stages, CHUNK, n), "state": operand(heads, CHUNK, n), "y": square(heads)}
-        if heads == 2:
+        if heads == 2:  # the two issue their products in turn, so one weights scores while the other multiplies
             scratch["turn"] = plgpu.Barrier(num_barriers=2)
     if "z" in inputs:
         scratch["z"] = square(stages, heads)
