@@ -35,7 +35,7 @@ class Heavy:
 
 CONVERT, DATA, TRAINING = "ml_mamba_jax/convert/", "ml_mamba_jax/data/", "ml_mamba_jax/training/"
 HEAVY = {
-    "torch": Heavy((CONVERT,), lazily=True),
+    "torch": Heavy((CONVERT, "benchmarks/"), lazily=True),
     "transformers": Heavy((CONVERT,), lazily=True),
     "safetensors": Heavy((CONVERT, "ml_mamba_jax/checkpoint.py"), lazily=True),
     "grain": Heavy((DATA, TRAINING)),

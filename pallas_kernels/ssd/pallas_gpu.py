@@ -1,0 +1,605 @@
+"""SSD on Hopper: one fused walk over the chunks of a sequence, the state kept on chip (Pallas, Mosaic GPU).
+
+The mathematics are those of `xla`: inside a chunk of 64 tokens a masked matrix product, from chunk to chunk only the
+state. A thread block walks the chunks of `heads` heads that share B and C. One warpgroup copies the next chunks into
+shared memory while the others multiply, one head each; a head's state stays in the registers of its warpgroup, so
+device memory sees every input and every output once.
+
+XLA prepares what Mosaic GPU cannot do (it has no cumulative sum), as exponents of 2:
+
+    s_i = log2(e) * sum of d_t A up to token i of its chunk
+    u_j = s_j - log2(d_j)              so that 2^(s_i - u_j) = exp(sum of d_t A from j+1 to i) d_j, and 0 where d_j is 0
+
+which covers padding and the ragged end (d = 0) without a mask. Differences are never positive where they are used, so
+nothing overflows. Packed sequences add one integer for each token, see `_first_visible`.
+
+The tiles are 64 wide. A head of 128 channels is two slices of 64 that decay alike; narrower heads and states are
+filled with zeros. When there are too few heads to fill the device, the sequence is split: a first walk computes the
+state each part adds, XLA chains these, and the second walk computes all parts at once.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.segments import number_segments
+from pallas_kernels.ssd.discretize import discretize
+from pallas_kernels.ssd.vjp import with_xla_gradient
+
+CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgmma instruction
+SHARED_MEMORY = 227 * 1024  # bytes that one thread block of an H100 or H200 may use
+PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
+
+MATRIX = plgpu.Layout.WGMMA
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that belongs to the rows of a matrix in registers
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def why_not_here() -> str | None:
+    """Why this backend cannot be the automatic choice on the default device."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"needs a CUDA device of compute capability 9.x, the default device is a {device.platform}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if not capability.startswith("9."):
+        return f"needs a CUDA device of compute capability 9.x, {device.device_kind} has {capability}"
+    return None
+
+
+def why_not_ssd(x, dt, A, B, C, *, dt_limit=(0.0, float("inf")), **_) -> str | None:
+    head_dim, state_size = x.shape[-1], B.shape[-1]
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}; the kernel multiplies bfloat16 or float16"
+    if not x.dtype == B.dtype == C.dtype:
+        return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; the kernel multiplies operands of one dtype"
+    if head_dim > 64 and head_dim % 64:
+        return f"heads are {head_dim} wide; the kernel takes up to 64, or a multiple of 64"
+    if state_size > 256:
+        return f"the state size is {state_size}; the kernel keeps at most 256 in registers"
+    if dt_limit[0] < 0:
+        return f"dt_limit starts at {dt_limit[0]}; the kernel takes logarithms of the step sizes"
+    return None
+
+
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    initial_state=None,
+    segment_ids=None,
+    return_final_state=False,
+    chunk_size=None,
+    precision=None,
+):
+    del chunk_size, precision  # tiles are 64 tokens, products are exact for 16-bit operands and summed in float32
+    arrays = {
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+        "initial_state": initial_state,
+        "segment_ids": segment_ids,
+    }
+    run = with_xla_gradient(_forward, dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_state=return_final_state)
+    return run({name: a for name, a in arrays.items() if a is not None})
+
+
+def _forward(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    initial_state=None,
+    segment_ids=None,
+    return_final_state=False,
+):
+    batch, length, heads, head_dim = x.shape
+    groups, state_size = B.shape[2:]
+    slices = heads * (-(-head_dim // CHUNK))  # of 64 channels, all heads together
+    n = next(width for width in (64, 128, 256) if width >= state_size)
+    plan = make_plan(batch, length, slices, groups, n)
+
+    def sliced(a):
+        """[b l h p] -> [b l slices 64]"""
+        return None if a is None else _filled(a, -1, 64).reshape(batch, length, slices, CHUNK)
+
+    factors, first_visible = prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, plan.chunks)
+    x, z = sliced(x), sliced(z)
+    B, C = (_filled(_filled(a, -1, n), 1, 8) for a in (B, C))
+    if D is not None:
+        D = D.astype(jnp.float32)
+        D = jnp.repeat(D, slices // heads) if D.ndim == 1 else _filled(D, -1, 64).reshape(slices, CHUNK)
+    state = None
+    if initial_state is not None:
+        state = _filled(_filled(initial_state.astype(jnp.float32), 2, 64), 3, n).reshape(batch, 1, slices, CHUNK, n)
+
+    if plan.parts > 1:
+        to_end, kept = _by_part(factors, first_visible, plan)
+        added = _walk(plan=plan, parts=plan.parts - 1, x=x, B=B, factors=to_end, keep_states=True)
+        kept = jnp.repeat(kept, slices // heads, axis=2)[..., None, None]
+        states = [jnp.zeros_like(added[:, 0]) if state is None else state[:, 0]]
+        for part in range(plan.parts - 1):
+            states.append(kept[:, part] * states[-1] + added[:, part])
+        state = jnp.stack(states, axis=1)
+    y, final = _walk(
+        plan=plan,
+        parts=plan.parts,
+        x=x,
+        B=B,
+        factors=factors,
+        C=C,
+        D=D,
+        z=z,
+        state=state,
+        first_visible=first_visible,
+        keep_states=return_final_state,
+    )
+    y = y.reshape(batch, length, heads, -1)[..., :head_dim]
+    if not return_final_state:
+        return y
+    return y, final.reshape(batch, heads, -1, n)[:, :, :head_dim, :state_size]
+
+
+def _filled(a, axis: int, width: int):
+    """`a` with zeros behind it on `axis` up to the next multiple of `width`."""
+    missing = -a.shape[axis] % width
+    if not missing:
+        return a
+    fill = [(0, 0)] * a.ndim
+    fill[axis] = (0, missing)
+    return jnp.pad(a, fill)
+
+
+# What XLA computes beforehand.
+
+
+def prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, chunks: int):
+    """The exponents s and u [b h chunks 2 64], and for packed sequences `_first_visible` [b chunks 64]."""
+    batch, length, heads = dt.shape
+    dt = discretize(dt, dt_bias, dt_softplus, dt_limit, jnp.float32)
+    first_visible = None
+    if segment_ids is not None:
+        segments = number_segments(segment_ids)
+        dt = jnp.where(segments.real[..., None], dt, 0)
+        first_visible = _first_visible(segments, chunks)
+    dt = jnp.pad(dt, ((0, 0), (0, chunks * CHUNK - length), (0, 0)))
+    dt = jnp.swapaxes(dt, 1, 2).reshape(batch, heads, chunks, CHUNK)
+    # The cumulative sum as a matrix product, which is one fast kernel; summed before A and log2(e) scale it.
+    upper = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
+    s = jnp.einsum("bhcj,ji->bhci", dt, upper, precision=lax.Precision.HIGHEST)
+    s = s * (A.astype(jnp.float32) * math.log2(math.e))[None, :, None, None]
+    u = s - jnp.log2(dt)
+    return jnp.stack([s, u], axis=3), first_visible
+
+
+def _first_visible(segments, chunks: int):
+    """For each token the first token of its chunk that it sees, [b chunks 64].
+
+    -1: it sees the state that enters the chunk too. Padding is `_PADDING` more: it sees nothing, but still tells which
+    sequence the row is in.
+    """
+    index = jnp.pad(segments.index, ((0, 0), (0, chunks * CHUNK - segments.index.shape[1])), mode="edge")
+    real = jnp.pad(segments.real, ((0, 0), (0, chunks * CHUNK - segments.real.shape[1])))
+    starts = jnp.diff(index, axis=1, prepend=0) > 0
+    position = jnp.arange(CHUNK, dtype=jnp.int32)[None, None]
+    starts = jnp.where(starts.reshape(-1, chunks, CHUNK), position, -1)
+    return lax.cummax(starts, axis=2) + jnp.where(real.reshape(starts.shape), 0, _PADDING)
+
+
+_PADDING = 1024
+
+
+def _start_of_last(first_visible):
+    """Where in its chunk the sequence starts that the chunk's last token belongs to; -1: before the chunk."""
+    return jnp.where(first_visible < CHUNK, first_visible, first_visible - _PADDING)
+
+
+def _by_part(factors, first_visible, plan):
+    """For the walk that only adds up states: how much of each token, and of the state before, is left where a part ends.
+
+    Returns exponents of 2 for the tokens [b h chunks 1 64], and factors for the states [b parts heads].
+    """
+
+    def by_part(a):
+        return a.reshape(*a.shape[:-1], plan.parts, plan.chunks_per_part)
+
+    last = factors[:, :, :, 0, -1]
+    total = lax.cumsum(by_part(last), axis=3, reverse=True).reshape(last.shape)  # from this chunk's start on
+    to_end = total[..., None] - factors[:, :, :, 1]
+    kept = jnp.exp2(jnp.swapaxes(by_part(total)[..., 0], 1, 2))
+    if first_visible is not None:
+        start = _start_of_last(first_visible[:, :, -1])
+        starts = by_part(start >= 0).astype(jnp.int32)
+        later = lax.cumsum(starts, axis=2, reverse=True) - starts  # sequences that start in later chunks of the part
+        position = jnp.arange(CHUNK, dtype=jnp.int32)[None, None]
+        stays = (position >= start[..., None]) & (later.reshape(start.shape) == 0)[..., None]
+        to_end = jnp.where(stays[:, None], to_end, -jnp.inf)
+        kept = jnp.where((starts.sum(axis=2) == 0)[..., None], kept, 0)
+    return to_end[:, :, :, None], kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the work is laid out: `heads` slices for each thread block, the sequence in `parts` of equally many chunks."""
+
+    heads: int
+    parts: int
+    chunks: int
+    """All parts together; the last ones may lie behind the end of the sequence."""
+
+    @property
+    def chunks_per_part(self) -> int:
+        return self.chunks // self.parts
+
+
+def make_plan(batch: int, length: int, slices: int, groups: int, n: int) -> Plan:
+    """The plan with the shortest estimated time, for slices of 64 channels and a state of n."""
+    heads = 2 if n <= 128 and slices // groups % 2 == 0 else 1
+    blocks = batch * slices // heads
+    chunks = -(-length // CHUNK)
+
+    def microseconds(parts):
+        """Seen on an H100: 2.1 for a chunk, 0.9 for one of which only the state is added up, and the chaining by XLA."""
+        per_part, rounds = -(-chunks // parts), -(-blocks * parts // PROCESSORS)
+        if parts == 1:
+            return 2.1 * rounds * per_part
+        first_rounds = -(-blocks * (parts - 1) // PROCESSORS)
+        return (2.1 * rounds + 0.9 * first_rounds) * per_part + 16 + 0.0034 * batch * slices * parts**2
+
+    parts = min(range(1, min(chunks, 32) + 1), key=microseconds)
+    parts = -(-chunks // -(-chunks // parts))  # no part behind the end
+    return Plan(heads, parts, parts * -(-chunks // parts))
+
+
+# The kernel.
+
+
+def _walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, first_visible=None, keep_states=False):
+    """One launch over the first `parts` parts.
+
+    With C: y, and the final state or None. `factors` and `first_visible` are those of `prepare`; x, z [b l slices 64],
+    B, C [b l g n], D [slices] or [slices 64], state [b parts slices 64 n] that enters each part.
+    Without C: what each part adds to the state, [b parts slices 64 n]. `factors` are those of `_by_part`.
+    """
+    batch, _, slices, _ = x.shape
+    groups, n = B.shape[2:]
+    outputs = C is not None
+    inputs = {
+        "x": x,
+        "B": B,
+        "C": C,
+        "z": z,
+        "factors": factors,
+        "first_visible": first_visible,
+        "D": D,
+        "state": state,
+    }
+    inputs = {name: a for name, a in inputs.items() if a is not None}
+    out_type = {}
+    if outputs:
+        out_type["y"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if keep_states:
+        shape = (batch, 1 if outputs else parts, slices, CHUNK, n)
+        out_type["states"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    block = Block(plan.heads, plan.chunks_per_part, parts, slices, groups, slices // factors.shape[1], n, x.dtype)
+    results = plgpu.kernel(
+        functools.partial(_body, block, [*inputs], [*out_type]),
+        out_type=tuple(out_type.values()),
+        scratch_types=_shared_memory(block, inputs),
+        grid=(slices // plan.heads, parts, batch),
+        grid_names=("block", "part", "batch"),
+        num_threads=plan.heads + 1,
+        thread_name="warpgroup",
+        kernel_name="ssd_walk" if outputs else "ssd_states",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # The kernel places its barriers itself: see `_shared_memory` for why they suffice.
+            unsafe_no_auto_barriers=True,
+            # From 0.11 on the default infers layouts, and finds none for vectors read both as rows and as columns.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(*inputs.values())
+    results = dict(zip(out_type, results, strict=True))
+    return (results["y"], results.get("states")) if outputs else results["states"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a thread block does: `heads` slices, one for each warpgroup, over `chunks` chunks of one part."""
+
+    heads: int
+    chunks: int
+    parts: int
+    slices: int
+    groups: int
+    slices_per_head: int
+    n: int
+    dtype: jnp.dtype
+
+
+def _shared_memory(block: Block, inputs: dict) -> dict:
+    """The buffers of a thread block: a ring of chunks that copies fill, and what each warpgroup hands to wgmma.
+
+    A warpgroup overwrites `state`, `written` and `y` only when all of its warps are done with what was there. In the
+    walk with outputs the barrier before y is stored comes after all products of a chunk; in the walk without, a buffer
+    of `written` is used again after three chunks, and the barrier of the chunk before comes after its product.
+    """
+    heads, n, dtype = block.heads, block.n, block.dtype
+    outputs = "C" in inputs
+    stages = _stages(block, inputs)
+    swizzle = plgpu.SwizzleTransform(128)
+
+    def operand(*shape):
+        """Memory that wgmma reads: tiles of 8 x 64. Copies from and to it need a multiple of 8 tokens."""
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
+
+    def square(*leading):
+        """64 x 64 as an `operand`, and without tiles for copies of any number of tokens: the bytes are the same."""
+        shape = (*leading, CHUNK, CHUNK)
+        return plgpu.RefUnion(operand(*shape), plgpu.SMEM(shape, dtype, transforms=(swizzle,)))
+
+    copies = sum(name in inputs for name in ("B", "C", "first_visible"))
+    copies += heads * sum(name in inputs for name in ("x", "z", "factors"))
+    scratch = {
+        "x": square(stages, heads),
+        "B": operand(stages, CHUNK, n),
+        "factors": plgpu.SMEM((stages, heads, inputs["factors"].shape[3], CHUNK), jnp.float32),
+        "written": operand(heads, 1 if outputs else 3, CHUNK, CHUNK),
+        "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "consumed": plgpu.Barrier(num_arrivals=heads, num_barriers=stages),
+    }
+    if outputs:
+        scratch |= {"C": operand(stages, CHUNK, n), "state": operand(heads, CHUNK, n), "y": square(heads)}
+        if heads == 2:  # the two issue their products in turn, so one weights scores while the other multiplies
+            scratch["turn"] = plgpu.Barrier(num_barriers=2)
+    if "z" in inputs:
+        scratch["z"] = square(stages, heads)
+    if "first_visible" in inputs:
+        scratch["first_visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
+    return scratch
+
+
+def _stages(block: Block, inputs: dict) -> int:
+    """How many chunks fit into shared memory at once, at most 4."""
+    tile, wide, vector = CHUNK * CHUNK * 2, CHUNK * block.n * 2, CHUNK * 4
+    fixed = block.heads * (2 * tile + wide if "C" in inputs else 3 * tile) + 1024
+    stage = (1 + ("C" in inputs)) * wide + ("first_visible" in inputs) * vector
+    stage += block.heads * ((1 + ("z" in inputs)) * tile + inputs["factors"].shape[3] * vector)
+    return min(4, (SHARED_MEMORY - fixed) // stage)
+
+
+def _body(block, input_names, output_names, *refs, **buffers):
+    refs = dict(zip([*input_names, *(f"out {name}" for name in output_names)], refs, strict=True))
+    for name in ("x", "y", "z"):
+        if name in buffers:
+            buffers[name], buffers[f"{name} flat"] = buffers[name]
+    warpgroup = lax.axis_index("warpgroup")
+    limit_registers = block.heads > 1  # with two warpgroups each thread has all it can use
+
+    @pl.when(warpgroup < block.heads)
+    def _():
+        if limit_registers:
+            plgpu.set_max_registers(232, action="increase")
+        (_compute if "C" in refs else _add_up)(block, refs, buffers)
+
+    @pl.when(warpgroup == block.heads)
+    def _():
+        if limit_registers:
+            plgpu.set_max_registers(40, action="decrease")
+        _copy(block, refs, buffers)
+
+
+def _place(block):
+    """(batch, part, first slice of the block, first chunk of the part)"""
+    part = lax.axis_index("part")
+    return lax.axis_index("batch"), part, lax.axis_index("block") * block.heads, part * block.chunks
+
+
+def _copy(block, refs, buffers):
+    """Keeps the ring filled."""
+    batch, _, first, first_chunk = _place(block)
+    stages = buffers["B"].shape[0]
+    group = lax.div(first, block.slices // block.groups)
+
+    def fetch(chunk, slot):
+        tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
+
+        def copy(source, target):
+            plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
+
+        for name in ("B", "C"):
+            if name in refs:
+                copy(refs[name].at[batch, tokens, group], buffers[name].at[slot])
+        if "first_visible" in refs:
+            copy(refs["first_visible"].at[batch, first_chunk + chunk], buffers["first_visible"].at[slot])
+        for i in range(block.heads):
+            head = lax.div(first + i, block.slices_per_head)
+            copy(refs["factors"].at[batch, head, first_chunk + chunk], buffers["factors"].at[slot, i])
+            for name in ("x", "z"):
+                if name in refs:
+                    copy(refs[name].at[batch, tokens, first + i], buffers[f"{name} flat"].at[slot, i])
+
+    for chunk in range(min(stages, block.chunks)):
+        fetch(chunk, chunk)
+
+    @pl.loop(stages, max(block.chunks, stages))
+    def _(chunk):
+        slot = lax.rem(chunk, stages)
+        plgpu.barrier_wait(buffers["consumed"].at[slot])
+        fetch(chunk, slot)
+
+
+def _add_up(block, refs, buffers):
+    """A warpgroup adds up what the tokens of one slice leave in the state where the part ends."""
+    batch, part, first, _ = _place(block)
+    warpgroup = lax.axis_index("warpgroup")
+    stages = buffers["B"].shape[0]
+
+    def loop(state_acc):
+        @pl.loop(0, block.chunks)
+        def _(chunk):
+            slot = lax.rem(chunk, stages)
+            plgpu.barrier_wait(buffers["filled"].at[slot])
+            to_end = jnp.exp2(_load(buffers["factors"].at[slot, warpgroup, 0], ROWS))
+            written = _load(buffers["x"].at[slot, warpgroup], MATRIX).astype(jnp.float32) * _rows(to_end)
+            tile = buffers["written"].at[warpgroup, lax.rem(chunk, 3)]
+            tile[...] = written.astype(block.dtype)
+            plgpu.commit_smem()
+            plgpu.wgmma(state_acc, tile.transpose((1, 0)), buffers["B"].at[slot])
+            plgpu.wgmma_wait(1)  # the previous chunk's is done, this one goes on
+
+            @pl.when(chunk > 0)
+            def _():
+                plgpu.barrier_arrive(buffers["consumed"].at[lax.rem(chunk + stages - 1, stages)])
+
+    state = pl.run_state(loop)(plgpu.ACC.init(_zeros(CHUNK, block.n)))
+    refs["out states"].at[batch, part, first + warpgroup][...] = state
+
+
+def _compute(block, refs, buffers):
+    """A warpgroup walks along the chunks of one slice."""
+    batch, part, first, first_chunk = _place(block)
+    warpgroup = lax.axis_index("warpgroup")
+    one, stages, dtype = first + warpgroup, buffers["B"].shape[0], block.dtype
+    packed, taking_turns = "first_visible" in refs, "turn" in buffers
+    written_tile, state_tile = buffers["written"].at[warpgroup, 0], buffers["state"].at[warpgroup]
+    row = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
+    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLUMNS)
+
+    state = _zeros(CHUNK, block.n)
+    if "state" in refs:
+        state = _load(refs["state"].at[batch, part, one], MATRIX, device_memory=True)
+    skip = None
+    if "D" in refs:
+        per_head = len(refs["D"].shape) == 1
+        skip = refs["D"][one] if per_head else _columns(_load(refs["D"].at[one], COLUMNS, device_memory=True))
+
+    if taking_turns:
+
+        @pl.when(warpgroup == 1)
+        def _():
+            plgpu.barrier_arrive(buffers["turn"].at[0])
+
+    def step(chunk, state):
+        slot = lax.rem(chunk, stages)
+        plgpu.barrier_wait(buffers["filled"].at[slot])
+        if taking_turns:
+            plgpu.barrier_wait(buffers["turn"].at[warpgroup])
+        x_tile, B_tile = buffers["x"].at[slot, warpgroup], buffers["B"].at[slot]
+        factors = buffers["factors"].at[slot, warpgroup]
+        last = factors[0, CHUNK - 1]
+        kept = jnp.exp2(last)
+        i = _rows(lax.optimization_barrier(row))  # or the compiler keeps a whole mask in registers from chunk to chunk
+        j = _columns(column)
+        if packed:
+            first_visible = _rows(_load(buffers["first_visible"].at[slot], ROWS))
+            start = _start_of_last(buffers["first_visible"][slot, CHUNK - 1])
+            kept = jnp.where(start < 0, kept, 0.0)
+
+        def products(accumulators):
+            """Each is issued as early as its operands exist: the tensor cores work while the scores are weighted."""
+            scores_acc, y_acc, state_acc = accumulators
+            C = buffers["C"].at[slot]
+            if block.n <= 128:  # from registers both products run faster; a wider one does not fit
+                C = _load(C, MATRIX)
+            plgpu.wgmma(scores_acc, C, B_tile.transpose((1, 0)))
+
+            x = _load(x_tile, MATRIX)
+            written = x.astype(jnp.float32) * _rows(jnp.exp2(last - _load(factors.at[1], ROWS)))
+            if packed:
+                written = jnp.where(i >= start, written, 0.0)
+            written_tile[...] = written.astype(dtype)
+            state_tile[...] = state.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.wgmma(y_acc, C, state_tile.transpose((1, 0)))
+            plgpu.wgmma(state_acc, written_tile.transpose((1, 0)), B_tile)
+            if taking_turns:
+                plgpu.barrier_arrive(buffers["turn"].at[1 - warpgroup])
+
+            s, u = _load(factors.at[0], ROWS), _load(factors.at[1], COLUMNS)
+            decays = jnp.exp2(_rows(s) - _columns(u))
+            visible = (i >= j) & (j >= first_visible) if packed else i >= j
+            scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=2)
+            weights = jnp.where(visible, scores * decays, 0.0).astype(dtype)
+
+            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1) * _rows(jnp.exp2(s))
+            if packed:
+                y = jnp.where(first_visible < 0, y, 0.0)
+            if skip is not None:
+                y = y + skip * x.astype(jnp.float32)
+            y_acc[...] = y
+            plgpu.wgmma(y_acc, weights, x_tile)
+            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=0)
+
+            if "z" in refs:
+                z = _load(buffers["z"].at[slot, warpgroup], MATRIX).astype(jnp.float32)
+                y = y * (z / (1.0 + jnp.exp2(z * -math.log2(math.e))))
+            if packed:
+                y = jnp.where(first_visible < CHUNK, y, 0.0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous chunk's y
+            buffers["y"].at[warpgroup][...] = y.astype(dtype)
+            plgpu.commit_smem()
+            tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(buffers["y flat"].at[warpgroup], refs["out y"].at[batch, tokens, one])
+
+        zeros = _zeros(CHUNK, CHUNK)
+        accumulators = tuple(map(plgpu.ACC.init, (zeros, zeros, state * kept)))
+        *_, state = pl.run_state(products)(accumulators)
+        plgpu.barrier_arrive(buffers["consumed"].at[slot])
+        return state
+
+    state = lax.fori_loop(0, block.chunks, step, state)
+    if "out states" in refs:
+
+        @pl.when(part == block.parts - 1)
+        def _():
+            refs["out states"].at[batch, 0, one][...] = state
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _rows(vector):
+    """[64] over the rows of a square."""
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
+
+
+def _columns(vector):
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
+
+
+def _zeros(*shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+
+
+# JAX 0.10 takes the index apart from the reference and insists on one.
+_EVERYTHING = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
+
+
+def _load(ref, layout, *, device_memory: bool = False):
+    return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=not device_memory)
