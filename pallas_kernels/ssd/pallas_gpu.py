@@ -50,6 +50,8 @@ def why_not_here() -> str | None:
     capability = str(getattr(device, "compute_capability", "unknown"))
     if not capability.startswith("9."):
         return f"needs a CUDA device of compute capability 9.x, {device.device_kind} has {capability}"
+    if len(jax.devices()) > 1:
+        return "several devices: XLA cannot split the kernel over a mesh by itself; name it inside shard_map"
     return None
 
 

@@ -179,6 +179,9 @@ def test_which_devices(monkeypatch, platform, capability, reason):
     device = types.SimpleNamespace(platform=platform, compute_capability=capability, device_kind="Some GPU")
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert pallas_gpu.why_not_here() == reason
+    if reason is None:
+        monkeypatch.setattr(jax, "devices", lambda: [device, device])
+        assert "several devices" in pallas_gpu.why_not_here()
 
 
 # The plan, and lowering on a machine without a GPU.
