@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.image import prepare_images, read_image, stack_pixels, upright_rgb
+from ml_mamba_jax.image import prepare_images, read_image, stack_pixels
 from ml_mamba_jax.prompt import Turn, render_question
 from ml_mamba_jax.tokenizer import Tokenizer
 
@@ -68,4 +68,4 @@ def _decoded(image):
         return Image.fromarray(pixels)
     if not isinstance(image, Image.Image):
         raise InputError(f"image: got {type(image).__name__}, expected a file name, PIL.Image or uint8 pixels [y x 3]")
-    return upright_rgb(image)
+    return image

@@ -76,13 +76,14 @@ def upright_rgb(image):
 
 
 def prepare_images(image, config: MLMambaConfig, name: str = "image") -> dict[str, np.ndarray]:
-    """A `PIL.Image` as uint8 pixels [y x 3] for each encoder by its name.
+    """A `PIL.Image` of any mode as uint8 pixels [y x 3] for each encoder by its name.
 
     The model normalises them on the device. Encoders that see the same pixels share one array.
 
     Raises:
         InputError: `resize-crop` or `letterbox` of an image so thin that it would take very much memory; calls it `name`.
     """
+    image = upright_rgb(image)
     prepared: dict[tuple, np.ndarray] = {}
     pixels = {}
     for encoder in config.vision:

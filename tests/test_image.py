@@ -265,3 +265,10 @@ def test_a_small_file_with_many_pixels_is_refused_before_it_is_decoded():
     assert len(bomb) < 20_000
     with pytest.raises(InputError, match="8000 x 8000 pixels"):
         read_image(bomb)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+def test_an_image_of_any_mode_is_prepared_as_rgb(mode):
+    image = picture(40, 30).convert(mode)
+    for got in prepare_images(image, TINY).values():
+        np.testing.assert_array_equal(got, prepare_images(image.convert("RGB"), TINY)["siglip"])

@@ -11,6 +11,7 @@ from ml_mamba_jax.convert import report, to_jax, to_torch
 from ml_mamba_jax.convert.check import Comparison
 from ml_mamba_jax.convert.plan import Finding, make_plan
 from ml_mamba_jax.convert.source import open_source
+from ml_mamba_jax.errors import ConvertError, InputError
 
 
 class Conversion(NamedTuple):
@@ -55,7 +56,12 @@ def import_torch(
         text = report.describe(source, plan) if dry_run else report.summary(source, plan)
         if not dry_run:
             to_jax.check_room(Path(out), plan.n_bytes)
-        params = to_jax.assemble(source, plan, progress=progress)
+        try:
+            params = to_jax.assemble(source, plan, progress=progress)
+        except ConvertError as error:
+            if dry_run:  # the problems first, then the plan they are about
+                raise ConvertError(f"{error}\n\n{text}") from error
+            raise
         comparisons = checking.compare(source, params) if check else []
         if not dry_run:
             to_jax.write(source, plan, params, Path(out))
@@ -76,8 +82,13 @@ def export_torch(
 
     Raises:
         ConvertError: parts that the form needs and the folder lacks, or models that differ: then nothing is left.
+        InputError: both `check` and `dry_run`.
     """
     folder = Path(folder)
+    if dry_run and check:
+        raise InputError(
+            "check: got it for a dry run to torch, which writes nothing that could be read back; leave one away"
+        )
     text = to_torch.describe(folder, form, dtype)
     if dry_run:
         return Conversion(text, [], [])

@@ -19,6 +19,7 @@ from ml_mamba_jax.config import (
     Mamba2Config,
     MixerConfig,
     MLMambaConfig,
+    ViTConfig,
 )
 from ml_mamba_jax.convert import tables
 from ml_mamba_jax.convert.pieces import Piece
@@ -226,7 +227,10 @@ def _hf_vision_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig
 
 
 def _timm_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig:
-    """timm's files hold no numbers of heads, images or channels: the structure must be that of a known encoder."""
+    """timm's files hold no numbers of heads, images or channels: the structure must be that of a known encoder.
+
+    What tells encoders of one structure apart is in timm's config.json: statistics of the images, and CLIP's activation.
+    """
     projection, positions = shapes["patch_embed.proj.weight"], shapes.get("pos_embed", ())
     if len(projection) != 4 or len(positions) != 3:
         raise ConvertError(
@@ -253,7 +257,35 @@ def _timm_config(config: dict, shapes: Shapes, path: Path) -> MLMambaConfig:
     fitting = [encoder for encoder in alike if encoder.n_patches == n_patches]
     image_size = math.isqrt(n_patches) * projection[2]
     encoder = fitting[0] if fitting else dataclasses.replace(alike[0], image_size=image_size)
-    return MLMambaConfig(language=None, vision=(encoder,))
+    return MLMambaConfig(language=None, vision=(_as_timm_says(encoder, config, path),))
+
+
+def _as_timm_says(encoder: ViTConfig, config: dict, path: Path) -> ViTConfig:
+    """The encoder with the statistics and the activation of timm's config.json, as far as that names them."""
+    read = _Fields(config, path)
+    pretrained = _Fields(read.get("pretrained_cfg", dict, {}), path, "pretrained_cfg.")
+    statistics = {}
+    for name in ("mean", "std"):
+        values = pretrained.get(name, list, list(getattr(encoder, name)))
+        if len(values) != 3 or not all(isinstance(value, int | float) and 0 < value < 1 for value in values):
+            raise ConvertError(f"{path}: pretrained_cfg.{name}: got {values}, expected three numbers between 0 and 1")
+        statistics[name] = tuple(map(float, values))
+    encoder = dataclasses.replace(encoder, **statistics)
+    architecture = read.get("architecture", str, "")
+    if encoder.name == "clip" and architecture:
+        # Of timm's CLIPs those of OpenAI alone have the quick GELU; older versions say so in the tag only.
+        tag = pretrained.get("tag", str, "")
+        quick = "quickgelu" in architecture or ".openai" in architecture or tag.startswith("openai")
+        encoder = dataclasses.replace(encoder, activation="quick_gelu" if quick else "gelu")
+    return encoder
+
+
+def assumption(kind: str, text: str | None, config: MLMambaConfig) -> str | None:
+    """What is taken for granted of weights that come without their config, in words; None where nothing is."""
+    if kind != "timm-vit" or text is not None:
+        return None
+    encoder = config.vision[0]
+    return f"activation {encoder.activation}, mean {encoder.mean}, std {encoder.std}, as published for {encoder.name}"
 
 
 def _axis(shapes: Shapes, key: str, axis: int) -> int:

@@ -21,7 +21,7 @@ class Finding(NamedTuple):
     """Something to say about one tensor, or the tokenizer. `is_problem`: the conversion cannot go on."""
 
     what: str
-    """missing, unexpected, shape, dtype, tied, padded, not needed, resampled, not finite, tokenizer."""
+    """missing, unexpected, shape, dtype, tied, padded, not needed, resampled, not finite, tokenizer, assumed."""
     key: str
     detail: str
     is_problem: bool
@@ -52,7 +52,9 @@ def make_plan(source: Source) -> Plan:
     for name in missing_encoders(source):
         shapes = {path: shape for path, shape in shapes.items() if not path.startswith(f"vision/{name}/")}
     wanted, present = by_key(source.pieces), set(source.keys)
-    findings, used = [Finding("tokenizer", name, detail, False) for name, detail in source.notes], {}
+    findings = [Finding("tokenizer", name, detail, False) for name, detail in source.notes]
+    findings += [Finding("assumed", name, detail, False) for name, detail in source.assumed]
+    used = {}
     for key, pieces in wanted.items():
         if key not in present:
             if not all(piece.tied for piece in pieces):

@@ -9,9 +9,9 @@ from typing import NamedTuple, get_args, get_type_hints
 import numpy as np
 
 from ml_mamba_jax.config import VISION_ENCODERS, MLMambaConfig, ViTConfig
-from ml_mamba_jax.convert.families import FAMILIES, detect, prefix_of, read_config, read_text
+from ml_mamba_jax.convert.families import FAMILIES, assumption, detect, prefix_of, read_config, read_text
 from ml_mamba_jax.convert.pieces import Piece
-from ml_mamba_jax.convert.weight_files import TensorInfo, WeightFiles, open_weights
+from ml_mamba_jax.convert.weight_files import IN_FOLDERS, INDEX_SUFFIX, TensorInfo, WeightFiles, open_weights
 from ml_mamba_jax.errors import ConvertError, InputError
 from ml_mamba_jax.names import unknown
 from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -46,6 +46,16 @@ class Opened(NamedTuple):
         shapes = {key.removeprefix(self.prefix): self.weights.info(name).shape for key, name in self.names.items()}
         return read_config(self.kind, read_text(self.config_path), shapes, self.config_path)
 
+    @property
+    def documents(self) -> list[Path]:
+        """The config and the index of the shards, where there are such."""
+        indices = {
+            file.parent / name for file in self.weights.files for name in IN_FOLDERS if name.endswith(INDEX_SUFFIX)
+        }
+        sharded = len(self.weights.files) > 1
+        found = [self.config_path, *(sorted(indices) if sharded else [])]
+        return [path for path in found if path.is_file()]
+
     def not_needed(self, config: MLMambaConfig) -> set[str]:
         """Keys that the model has no use for: those behind the last layer that it runs, and other models in the same file."""
         pattern = re.compile(FAMILIES[self.kind].not_needed(config))
@@ -58,7 +68,12 @@ class Source:
 
     def __init__(self, kind: str, path: Path, config: MLMambaConfig, tokenizer: Tokenizer | None):
         self.kind, self.path, self.config, self.tokenizer = kind, path, config, tokenizer
+        self.documents: list[Path] = []
+        """Files without tensors that were read: configs, indices of shards, a tokenizer."""
         self.notes: list[tuple[str, str]] = []
+        """Of a tokenizer that was left out: its file, and why."""
+        self.assumed: list[tuple[str, str]] = []
+        """What the weights do not say, by their file."""
         """On files beside the weights: name, and what became of it."""
         self.pieces: list[Piece] = []
         self.not_needed: set[str] = set()
@@ -66,10 +81,12 @@ class Source:
         """Kind and prefix of the tensors of each encoder, by its name."""
         self._tensors: dict[str, tuple[WeightFiles, str]] = {}
         self._opened: list[WeightFiles] = []
+        self._aliases: dict[int, dict[str, str]] = {}
 
     def add(self, opened: Opened, pieces: Sequence[Piece], not_needed: set[str], name: str = "") -> None:
         """Add the tensors of a file; `name` stands before its keys and those of its pieces."""
         self._opened.append(opened.weights)
+        self.documents += opened.documents
         self.pieces += [piece._replace(key=name + piece.key) for piece in pieces]
         self.not_needed |= {name + key for key in not_needed}
         self._tensors |= {name + key: (opened.weights, own) for key, own in opened.names.items()}
@@ -86,6 +103,13 @@ class Source:
         """A view of the mapped file."""
         weights, name = self._tensors[key]
         return weights[name]
+
+    def shares_memory(self, key: str) -> bool:
+        """Whether the file stores the tensor once for this key and one before it."""
+        weights, name = self._tensors[key]
+        if id(weights) not in self._aliases:
+            self._aliases[id(weights)] = weights.aliases()
+        return name in self._aliases[id(weights)]
 
     @property
     def embedding(self) -> str:
@@ -141,6 +165,10 @@ def open_source(
         raise
     source = Source(opened.kind, path, config.replace(param_dtype=dtype), carried)
     source.notes += [note] if note else []
+    if assumed := assumption(opened.kind, read_text(opened.config_path), config):
+        source.assumed.append((opened.path.name, f"{assumed}: there is no config.json beside it"))
+    if carried:
+        source.documents.append(_tokenizer_path(opened, tokenizer))
     source.add(opened, FAMILIES[opened.kind].pieces(config, opened.prefix), opened.not_needed(config))
     if config.language is None:
         source.encoders[config.vision[0].name] = (opened.kind, opened.prefix)
@@ -221,8 +249,7 @@ def _find_tokenizer(
     Raises:
         ConvertError: the one that was given is no tokenizer of this model.
     """
-    path = opened.config_path.parent / TOKENIZER_FILE if given is None else Path(given)
-    path = path / TOKENIZER_FILE if path.is_dir() else path
+    path = _tokenizer_path(opened, given)
     if given is not None and not path.is_file():
         raise ConvertError(f"{path}: found no such tokenizer, expected a {TOKENIZER_FILE}")
     if given is not None and config.language is None:
@@ -241,6 +268,11 @@ def _find_tokenizer(
             raise ConvertError(f"{path}: cannot be the tokenizer of these weights: {reason}") from error
         return None, (path.name, f"left out: {reason}; pass another with --tokenizer")
     return tokenizer, None
+
+
+def _tokenizer_path(opened: Opened, given: str | Path | None) -> Path:
+    path = opened.config_path.parent / TOKENIZER_FILE if given is None else Path(given)
+    return path / TOKENIZER_FILE if path.is_dir() else path
 
 
 def missing_encoders(source: Source) -> list[str]:

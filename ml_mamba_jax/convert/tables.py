@@ -1,7 +1,7 @@
 """The tables of keys: for each family of PyTorch weights, which tensor is which parameter.
 
 Every function returns pieces for one part of a model. The same table is read in one direction by `to_jax` and in the other by
-`to_torch`; `docs/converting.md` shows them.
+`to_torch`; `docs/keys.md` shows them.
 """
 
 from collections.abc import Iterator

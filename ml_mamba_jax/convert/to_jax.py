@@ -136,7 +136,7 @@ def record(source: Source, plan: Plan) -> dict:
     """What was done, as JSON: source files with their SHA-256, and what became of every tensor, in the order of the source."""
     tensors = []
     for key in source.keys:
-        info = source.info(key)
+        info, once = source.info(key), source.shares_memory(key)
         for piece in plan.pieces.get(key, ()):
             tensors.append(
                 {
@@ -146,12 +146,13 @@ def record(source: Source, plan: Plan) -> dict:
                     "dtype": str(info.dtype),
                     "transform": piece.how,
                     "parameter": piece.where,
+                    **({"stored": "with another tensor"} if once else {}),
                 }
             )
     return {
         "kind": source.kind,
         "source": source.path.name,
-        "files": {_label(file, source): _sha256(file) for file in source.files},
+        "files": {_label(file, source): _sha256(file) for file in [*source.files, *source.documents]},
         "param_dtype": source.config.param_dtype,
         "missing_encoders": missing_encoders(source),
         "tensors": tensors,

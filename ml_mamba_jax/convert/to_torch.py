@@ -39,6 +39,8 @@ class Tensor(NamedTuple):
     pieces: list[Piece]
     shape: tuple[int, ...]
     dtype: np.dtype
+    stored_once: bool = False
+    """With the tensor that it is tied to, as in the weights it came from."""
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +130,7 @@ def _config_of(config: MLMambaConfig, form: Form, place: str) -> dict:
         return run_config(config)
     name = place.split("/")[-1]
     encoders = [encoder for encoder in config.vision if name in (".", encoder.name)]
-    return {OWN_CONFIG: serialize.plain(MLMambaConfig(language=None, vision=tuple(encoders)))}
+    return {OWN_CONFIG: serialize.plain(config.replace(language=None, connector=None, vision=tuple(encoders)))}
 
 
 def _check_parts(config: MLMambaConfig, form: Form, folder: Path) -> None:
@@ -152,6 +154,7 @@ class Original(NamedTuple):
 
     position: int
     dtype: str
+    stored_once: bool
 
 
 def _originals(folder: Path) -> dict[tuple[str, bool], Original]:
@@ -162,7 +165,7 @@ def _originals(folder: Path) -> dict[tuple[str, bool], Original]:
     try:
         tensors = json.loads(record.read_text(encoding="utf-8"))["tensors"]
         return {
-            (tensor["parameter"], "tied" in tensor["transform"]): Original(i, tensor["dtype"])
+            (tensor["parameter"], "tied" in tensor["transform"]): Original(i, tensor["dtype"], "stored" in tensor)
             for i, tensor in enumerate(tensors)
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -184,7 +187,8 @@ def _tensors(pieces: Iterable[Piece], params: checkpoint.ParamsOnDisk, folder: P
         theirs = {original.dtype} if original else of_parameter.get(parts[0].path, set())
         chosen = DTYPES[dtype] if dtype else DTYPES.get(min(theirs), own) if len(theirs) == 1 else own
         position = original.position if original else len(originals)
-        tensors.append((position, Tensor(key, parts, torch_shape(parts, shapes), chosen)))
+        once = bool(original and original.stored_once and parts[0].tied)
+        tensors.append((position, Tensor(key, parts, torch_shape(parts, shapes), chosen, once)))
     return [tensor for _, tensor in sorted(tensors, key=lambda item: item[0])]
 
 
@@ -248,9 +252,10 @@ def _write_torch(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, path: P
 
     path.parent.mkdir(parents=True)
     scratch = path.with_suffix(".scratch")
-    total = sum(tensor.nbytes for tensor in tensors)
+    own = [tensor for tensor in tensors if not tensor.stored_once]
+    total = sum(tensor.nbytes for tensor in own)
     memory, start, arrays = np.memmap(scratch, np.uint8, "w+", shape=total), 0, {}
-    for tensor, array in _made(tensors, params, progress):
+    for tensor, array in _made(own, params, progress):
         # torch knows no bfloat16 of NumPy.
         dtype = np.dtype(np.int16) if array.dtype == DTYPES["bfloat16"] else array.dtype
         place = memory[start : start + tensor.nbytes].view(dtype).reshape(tensor.shape)
@@ -259,6 +264,8 @@ def _write_torch(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, path: P
         arrays[tensor.key] = torch.from_numpy(place)
         if dtype != array.dtype:
             arrays[tensor.key] = arrays[tensor.key].view(torch.bfloat16)
+    of_parameter = {tensor.pieces[0].path: arrays[tensor.key] for tensor in own}
+    arrays |= {tensor.key: of_parameter[tensor.pieces[0].path] for tensor in tensors if tensor.stored_once}
     nested: dict = {}
     for tensor in tensors:
         *parents, name = tensor.key.split("/")
@@ -297,7 +304,7 @@ def _hf_mamba2_config(config: MLMambaConfig) -> dict:
         "pad_token_id": 0,
         "bos_token_id": 0,
         "eos_token_id": 0,
-        OWN_CONFIG: serialize.plain(MLMambaConfig(language=language, dtype=config.dtype)),
+        OWN_CONFIG: serialize.plain(config.replace(vision=(), connector=None)),
     }
 
 

@@ -91,7 +91,11 @@ def hf_features(kind: str, read: Read, encoder: ViTConfig, pixels, *, prefix: st
 
             model = CLIPVisionModel(CLIPVisionConfig(**options, intermediate_size=encoder.mlp_dim))
     # Ids of positions are counted, not learnt, and are not in the weights.
-    model.load_state_dict({name: read(prefix + _published(name)) for name in model.state_dict()}, assign=True)
+    weights = {name: read(prefix + _published(name)) for name in model.state_dict()}
+    positions = "embeddings.position_embedding.weight"
+    if positions in weights:  # CLIP and SigLIP; DINOv2 interpolates by itself
+        weights[positions] = _interpolated(weights[positions][None], int(encoder.class_position), encoder.grid)[0]
+    model.load_state_dict(weights, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:

@@ -1,5 +1,6 @@
 """convert_torch.py as its users run it: what it prints, what it refuses in one line, and that it leaves nothing behind."""
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,6 @@ from tests.convert.hostile_files import CANARY, HOSTILE
 from tests.convert.small_weights import (
     SMALL_ENCODERS,
     language,
-    small,
     write_foreign_tokenizer,
     write_hf_mamba2,
     write_hf_vision,
@@ -169,12 +169,16 @@ def test_check_compares_both_models(sources, tmp_path, capsys, kind):
     assert (tmp_path / "out").is_dir()
 
 
-def test_check_of_resampled_positions(sources, tmp_path, capsys, monkeypatch):
-    """Of an encoder of transformers, which interpolates by itself."""
-    larger = small(VISION_ENCODERS["dinov2-vit-l"], image_size=48)
-    monkeypatch.setitem(VISION_ENCODERS, "dinov2-vit-l-384px", larger)
-    options = ["--encoder", "dinov2-vit-l-384px", "--check"]
-    out, _ = succeeds(capsys, sources["hf-dinov2"], tmp_path / "out", *options)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("hf-dinov2", "dinov2-vit-l"), ("hf-siglip", "siglip-vit-so400m"), ("hf-clip", "clip-vit-l")],
+)
+def test_check_of_resampled_positions(sources, tmp_path, capsys, monkeypatch, kind, name):
+    succeeds(capsys, sources[kind], tmp_path / "as-it-is")
+    (encoder,) = checkpoint.load_config(tmp_path / "as-it-is").vision
+    larger = dataclasses.replace(encoder, image_size=48)
+    monkeypatch.setitem(VISION_ENCODERS, name, larger)
+    out, _ = succeeds(capsys, sources[kind], tmp_path / "out", "--encoder", name, "--check")
     assert "1 resampled" in out and checkpoint.load_config(tmp_path / "out").vision == (larger,)
     assert_alike(comparisons(out)["features"], False)
 

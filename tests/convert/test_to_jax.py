@@ -20,7 +20,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from ml_mamba_jax import checkpoint, sharding
-from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.config import VISION_ENCODERS, MLMambaConfig
 from ml_mamba_jax.convert import import_torch
 from ml_mamba_jax.convert.plan import Finding
 from ml_mamba_jax.errors import CheckpointError, ConvertError, InputError
@@ -152,6 +152,14 @@ def test_a_missing_embedding_does_not_hide_the_rest(tmp_path):
     assert "got int32" in str(caught.value) and "mixer.D " in str(caught.value)
 
 
+def test_a_dry_run_shows_the_plan_behind_the_problems(tmp_path):
+    src = write_mamba_ssm(tmp_path / "src", spoilt())
+    with pytest.raises(
+        ConvertError, match=r"(?s)7 problems.*backbone\.layers\.\{i\}\.mixer\.in_proj\.weight .*transposed"
+    ):
+        import_torch(src, None, dry_run=True)
+
+
 # Findings that are none of these
 
 
@@ -189,6 +197,30 @@ def test_rows_of_the_vocabulary_that_are_not_there_are_zeros(tmp_path):
 def test_other_numbers_of_rows_are_refused(tmp_path, rows):
     with pytest.raises(ConvertError, match=rf"got \[{rows}, 32\], expected \[272, 32\]"):
         import_torch(write_mamba_ssm(tmp_path / "src", language(rows=rows)), tmp_path / "out")
+
+
+def test_a_vit_of_timm_is_what_its_config_says(tmp_path, monkeypatch):
+    """Encoders of one structure differ in their activation and in the statistics of their images."""
+    encoder = SMALL_ENCODERS["clip-vit-b"]
+    monkeypatch.setitem(VISION_ENCODERS, "clip-vit-b", encoder)
+    src = write_timm(tmp_path / "vit", encoder)
+    (src / "config.json").unlink()
+    (assumed,) = findings(src)["assumed"]
+    assert "activation quick_gelu" in assumed.detail and str(encoder.mean) in assumed.detail
+
+    def converted_with(name: str, **fields):
+        (src / "config.json").write_text(json.dumps(fields))
+        import_torch(src, tmp_path / name)
+        assert "assumed" not in findings(src)
+        return checkpoint.load_config(tmp_path / name).vision[0]
+
+    laion = {"tag": "laion2b", "mean": [0.5, 0.25, 0.75], "std": [0.5, 0.5, 0.25]}
+    found = converted_with("laion", architecture="vit_base_patch16_clip_224", pretrained_cfg=laion)
+    assert (found.activation, found.mean, found.std) == ("gelu", (0.5, 0.25, 0.75), (0.5, 0.5, 0.25))
+    assert converted_with("new", architecture="vit_base_patch16_clip_quickgelu_224") == encoder
+    assert converted_with("old", architecture="vit_base_patch16_clip_224", pretrained_cfg={"tag": "openai"}) == encoder
+    with pytest.raises(ConvertError, match=r"config\.json: pretrained_cfg\.mean: got \[1\], expected three numbers"):
+        converted_with("wrong", architecture="vit", pretrained_cfg={"mean": [1]})
 
 
 def test_what_the_model_does_not_run_is_listed(tmp_path):
@@ -263,7 +295,11 @@ def test_training_starts_from_the_folder(converted):
 def test_the_record_of_a_conversion(ssm, converted):
     record = json.loads((converted / "conversion.json").read_text())
     digest = hashlib.sha256((ssm / "pytorch_model.bin").read_bytes()).hexdigest()
-    assert record["files"] == {"pytorch_model.bin": digest}
+    config = hashlib.sha256((ssm / "config.json").read_bytes()).hexdigest()
+    expected = {"pytorch_model.bin": digest, "config.json": config}
+    if (ssm / "tokenizer.json").is_file():
+        expected["tokenizer.json"] = hashlib.sha256((ssm / "tokenizer.json").read_bytes()).hexdigest()
+    assert record["files"] == expected
     assert (record["kind"], record["source"], record["param_dtype"]) == ("mamba2", "ssm", "float32")
     assert record["missing_encoders"] == []
     tensors = {tensor["key"]: tensor for tensor in record["tensors"]}
@@ -289,7 +325,8 @@ def test_the_record_of_a_run_has_every_file(whole_run, tmp_path):
         "vision/dinov2/model.safetensors",
         "vision/siglip/model.safetensors",
     ]
-    assert record["files"] == {name: hashlib.sha256((whole_run / name).read_bytes()).hexdigest() for name in expected}
+    read = [*expected, "config.json", "vision/dinov2/config.json", "vision/siglip/config.json"]
+    assert record["files"] == {name: hashlib.sha256((whole_run / name).read_bytes()).hexdigest() for name in read}
     assert {tensor["file"] for tensor in record["tensors"]} == set(expected)
     keys = {tensor["key"] for tensor in record["tensors"]}
     assert "siglip:blocks.0.attn.qkv.weight" in keys and "model/llm_backbone/lm_head.weight" in keys

@@ -170,6 +170,30 @@ def test_a_run_comes_back_with_its_nesting_and_order(tmp_path, dtype):
     assert os.listdir(out / "checkpoints") == ["latest-checkpoint.pt"], "nothing is left of how it was written"
 
 
+def test_a_head_that_is_stored_with_the_embedding_comes_back_so(tmp_path):
+    src = write_run(tmp_path / "run")
+    back = there_and_back(src, tmp_path)
+    left, right = (folder / "checkpoints" / "latest-checkpoint.pt" for folder in (src, back))
+    assert left.read_bytes() == right.read_bytes()
+    tensors = torch.load(right, weights_only=True)["model"]["llm_backbone"]
+    assert tensors["lm_head.weight"].data_ptr() == tensors["backbone.embedding.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_choices_about_the_input_come_back(tmp_path, part):
+    whole = TINY.replace(prompt_format="mamba", resize="letterbox", dtype="bfloat16")
+    config = whole.replace(vision=(), connector=None) if part == "language" else None
+    config = config or whole.replace(language=None, connector=None, vision=TINY.vision[:1])
+    export_torch(write_folder(tmp_path / "ours", config), tmp_path / "torch")
+    import_torch(tmp_path / "torch", tmp_path / "back")
+    assert checkpoint.load_config(tmp_path / "back") == config
+
+
+def test_a_dry_run_cannot_check(of_language):
+    with pytest.raises(InputError, match="check: got it for a dry run"):
+        export_torch(of_language, None, check=True, dry_run=True)
+
+
 def test_a_run_without_encoders_comes_back_without(tmp_path):
     src = write_run(tmp_path / "src", encoders=False)
     out = there_and_back(src, tmp_path)
