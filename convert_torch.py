@@ -8,18 +8,19 @@ and `python -m ml_mamba_jax.chat` take. To PyTorch, SRC is such a folder. Nothin
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from ml_mamba_jax import convert
 from ml_mamba_jax.arguments import OneLineParser
 from ml_mamba_jax.config import VISION_ENCODERS
 from ml_mamba_jax.convert.check import as_table
 from ml_mamba_jax.convert.families import FAMILIES
+from ml_mamba_jax.convert.to_torch import DTYPES, Form
 from ml_mamba_jax.errors import InputError, one_line_errors
 from ml_mamba_jax.names import unknown
 
 DIRECTIONS = ("jax", "torch")
-FORMS = ("hf-mamba2", "timm-vit", "ml-mamba")
-DTYPES = ("float32", "bfloat16", "float16")
+FORMS = get_args(Form)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

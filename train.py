@@ -81,13 +81,13 @@ def train(config: TrainConfig) -> None:
     if resumed_step:
         state = restore_state(folder, resumed_step, target)
     else:
-        checkpoint.write_model(folder, config.model, tokenizer)
-        serialize.write_text(folder / RECIPE_FILE, serialize.to_json(config))
         place = jax.tree.map(lambda a: a.sharding, target)
         state = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=place)(jax.random.key(config.seed))
         params, taken = start_from(config.init, config.model, state.params)
         state = state._replace(params=params)
-        print(*(f"init: {line}" for line in taken), sep="\n", flush=True)
+        print("".join(f"init: {line}\n" for line in taken), end="", flush=True)
+        checkpoint.write_model(folder, config.model, tokenizer)
+        serialize.write_text(folder / RECIPE_FILE, serialize.to_json(config))
 
     n_params = sum(a.size for a in jax.tree.leaves(state.params))
     print(f"{config.name}: {n_params:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)", flush=True)
@@ -237,9 +237,7 @@ def save_state(folder: Path, step: int, state: TrainState, keep: int) -> None:
 
 def restore_state(folder: Path, step: int, target: TrainState) -> TrainState:
     restored = checkpoint.restore(folder, step, {"params": target.params, "optimizer": target.optimizer})
-    return TrainState(
-        jax.device_put(jax.numpy.int32(step), target.step.sharding), restored["params"], restored["optimizer"]
-    )
+    return TrainState(jax.device_put(jax.numpy.int32(step), target.step.sharding), **restored)
 
 
 def _summary(name: str) -> str:

@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.convert import export_torch, import_torch
@@ -101,20 +101,16 @@ def make_checkpoint(config: MLMambaConfig, folder: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".scratch")
     numbers = np.memmap(scratch, np.float32, "w+", shape=sum(map(np.prod, tensors.values())))
-    rng, start, nested = np.random.default_rng(0), 0, {}
+    rng, start, arrays = np.random.default_rng(0), 0, {}
     for key, shape in tensors.items():
         view = numbers[start : start + int(np.prod(shape))].reshape(shape)
         start += view.size
         for row in view.reshape(-1, shape[-1]) if view.ndim > 1 else [view]:
             row[...] = 0.02 * rng.standard_normal(row.shape, np.float32)
         if key.endswith("lm_head.weight"):
-            view[...] = nested["model"]["llm_backbone"]["backbone.embedding.weight"].numpy()
-        *parents, name = key.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = torch.from_numpy(view)
-    torch.save(nested, path)
+            view[...] = arrays["model/llm_backbone/backbone.embedding.weight"].numpy()
+        arrays[key] = torch.from_numpy(view)
+    torch.save(unflatten_dict(arrays, sep="/"), path)
     scratch.unlink()
     (folder / CONFIG_FILE).write_text(json.dumps(run_config(config), indent=2))
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import unflatten_dict
 
 from ml_mamba_jax import serialize
 from ml_mamba_jax.config import MLMambaConfig
@@ -119,12 +120,9 @@ class ParamsOnDisk(Mapping[str, np.ndarray]):
             self.shapes = _by_path(checkpointer.metadata(self._path).item_metadata.tree)
 
     def __getitem__(self, path: str) -> np.ndarray:
-        *parents, name = path.split("/")
         shape = self.shapes[path]
-        item = {name: jax.ShapeDtypeStruct(shape.shape, shape.dtype)}
-        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        for parent in reversed(parents):
-            item, args = {parent: item}, {parent: args}
+        item = unflatten_dict({path: jax.ShapeDtypeStruct(shape.shape, shape.dtype)}, sep="/")
+        args = unflatten_dict({path: ocp.RestoreArgs(restore_type=np.ndarray)}, sep="/")
         with _tree_checkpointer() as checkpointer:
             restore = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
             restored = checkpointer.restore(self._path, args=restore)
@@ -174,7 +172,7 @@ def save(
                 args=ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES),
             )
     serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress or {}), indent=1) + "\n")
-    digests = {str(path.relative_to(aside)): _digest(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+    digests = {str(path.relative_to(aside)): sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     serialize.write_text(aside / MANIFEST_FILE, json.dumps({"sha256": digests}, indent=1) + "\n")
     aside.rename(final)
     for old in steps(folder)[:-keep]:
@@ -233,7 +231,8 @@ def _tree_checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-def _digest(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -250,7 +249,7 @@ def _verify(folder: Path, step: int) -> Path:
         expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
         missing = [name for name in expected if not (step_folder / name).is_file()]
         damaged = [
-            name for name, digest in expected.items() if name not in missing and _digest(step_folder / name) != digest
+            name for name, digest in expected.items() if name not in missing and sha256(step_folder / name) != digest
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: step {step}: the manifest is damaged; {advice}") from error

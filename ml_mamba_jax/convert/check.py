@@ -9,7 +9,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from ml_mamba_jax.convert import torch_forward
-from ml_mamba_jax.convert.plan import table
+from ml_mamba_jax.convert.report import table
 from ml_mamba_jax.convert.source import Source, missing_encoders
 from ml_mamba_jax.errors import ConvertError
 from ml_mamba_jax.model import MLMamba

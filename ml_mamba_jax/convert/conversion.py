@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ml_mamba_jax import checkpoint
 from ml_mamba_jax.convert import check as checking
 from ml_mamba_jax.convert import report, to_jax, to_torch
 from ml_mamba_jax.convert.check import Comparison
@@ -78,30 +77,28 @@ def export_torch(
     dry_run: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Convert a folder of ours into PyTorch weights; see `to_torch.write`. With `check` they are read back and both models run.
+    """Convert a folder of ours into PyTorch weights, see `to_torch.open_export`. `check` reads them back and runs both models.
 
     Raises:
         ConvertError: parts that the form needs and the folder lacks, or models that differ: then nothing is left.
         InputError: both `check` and `dry_run`.
     """
-    folder = Path(folder)
     if dry_run and check:
         raise InputError(
             "check: got it for a dry run to torch, which writes nothing that could be read back; leave one away"
         )
-    text = to_torch.describe(folder, form, dtype)
+    export = to_torch.open_export(Path(folder), form, dtype)
     if dry_run:
-        return Conversion(text, [], [])
-    text = text.splitlines()[0]
+        return Conversion(export.describe(), [], [])
     out = Path(out)
-    to_torch.write(folder, out, form, dtype, progress=progress)
+    to_torch.write(export, out, progress=progress)
     comparisons: list[Comparison] = []
     if check:
         try:
             for path in to_torch.parts(out):
                 with open_source(path) as source:
-                    comparisons += checking.compare(source, checkpoint.ParamsOnDisk(folder), as_dtype=dtype)
+                    comparisons += checking.compare(source, export.params, as_dtype=dtype)
         except BaseException:
             shutil.rmtree(out)
             raise
-    return Conversion(text, [], comparisons)
+    return Conversion(export.summary, [], comparisons)

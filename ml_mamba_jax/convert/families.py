@@ -280,9 +280,9 @@ def _as_timm_says(encoder: ViTConfig, config: dict, path: Path) -> ViTConfig:
     return encoder
 
 
-def assumption(kind: str, text: str | None, config: MLMambaConfig) -> str | None:
+def assumption(kind: str, has_config: bool, config: MLMambaConfig) -> str | None:
     """What is taken for granted of weights that come without their config, in words; None where nothing is."""
-    if kind != "timm-vit" or text is not None:
+    if kind != "timm-vit" or has_config:
         return None
     encoder = config.vision[0]
     return f"activation {encoder.activation}, mean {encoder.mean}, std {encoder.std}, as published for {encoder.name}"

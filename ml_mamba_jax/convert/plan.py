@@ -1,7 +1,6 @@
 """The plan of a conversion: which tensor fills which parameter, and everything that does not fit, in one table."""
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -108,12 +107,3 @@ def _fit(
     if info.shape == expected[::-1] and len(expected) == 2:
         return pieces, wrong._replace(detail=f"{wrong.detail}: it is transposed")
     return pieces, wrong
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Columns, as wide as their widest entry."""
-    rows = [tuple(map(str, row)) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

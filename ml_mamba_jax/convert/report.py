@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ml_mamba_jax.convert.pieces import Piece
-from ml_mamba_jax.convert.plan import Finding, Plan, Shape, table
+from ml_mamba_jax.convert.plan import Finding, Plan, Shape
 from ml_mamba_jax.convert.source import Source
 
 MOST_SHOWN = 60
@@ -77,3 +77,12 @@ def _fold(text: str) -> str:
     """Numbers of layers -> {i}."""
     text = re.sub(LAYER, lambda found: found[0].replace(found[1], "{i}"), text)
     return re.sub(r"(blocks/[\w/]+\[)\d+", r"\1i", text)
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Columns, as wide as their widest entry."""
+    rows = [tuple(map(str, row)) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

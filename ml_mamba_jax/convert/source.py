@@ -124,6 +124,10 @@ class Source:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
         for weights in self._opened:
             weights.close()
 
@@ -165,7 +169,7 @@ def open_source(
         raise
     source = Source(opened.kind, path, config.replace(param_dtype=dtype), carried)
     source.notes += [note] if note else []
-    if assumed := assumption(opened.kind, read_text(opened.config_path), config):
+    if assumed := assumption(opened.kind, opened.config_path.is_file(), config):
         source.assumed.append((opened.path.name, f"{assumed}: there is no config.json beside it"))
     if carried:
         source.documents.append(_tokenizer_path(opened, tokenizer))
@@ -180,7 +184,7 @@ def open_source(
         for vision_path in vision or _encoders_beside(opened):
             _add_encoder(source, Path(vision_path))
     except BaseException:
-        source.__exit__(None, None, None)
+        source.close()
         raise
     return source
 

@@ -1,6 +1,5 @@
 """PyTorch weights -> a folder that `load_params`, `train.py` and `chat` take."""
 
-import hashlib
 import json
 import math
 import os
@@ -152,7 +151,7 @@ def record(source: Source, plan: Plan) -> dict:
     return {
         "kind": source.kind,
         "source": source.path.name,
-        "files": {_label(file, source): _sha256(file) for file in [*source.files, *source.documents]},
+        "files": {_label(file, source): checkpoint.sha256(file) for file in [*source.files, *source.documents]},
         "param_dtype": source.config.param_dtype,
         "missing_encoders": missing_encoders(source),
         "tensors": tensors,
@@ -164,11 +163,6 @@ def _label(file: Path, source: Source) -> str:
     """The path of a file inside the source, or all of it for a file from elsewhere: names alone are often the same."""
     root = source.path if source.path.is_dir() else source.path.parent
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else str(file)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

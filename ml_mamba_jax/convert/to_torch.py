@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from ml_mamba_jax import checkpoint, serialize
 from ml_mamba_jax.config import LANGUAGE_MODELS, VISION_BACKBONES, MLMambaConfig
@@ -54,17 +55,37 @@ def default_form(config: MLMambaConfig) -> Form:
     return "hf-mamba2" if config.connector is None else "ml-mamba"
 
 
-def write(
-    folder: Path, out: Path, form: Form | None = None, dtype: str | None = None, *, progress: bool = False
-) -> list[Path]:
-    """Write the newest checkpoint of `folder` as PyTorch weights into `out`, and return the files with weights.
+class Export(NamedTuple):
+    """What is to be written: the tensors of each file or folder by its path inside the output."""
+
+    folder: Path
+    config: MLMambaConfig
+    form: Form
+    params: checkpoint.ParamsOnDisk
+    tensors: dict[str, list[Tensor]]
+
+    @property
+    def summary(self) -> str:
+        every = [tensor for tensors in self.tensors.values() for tensor in tensors]
+        n_bytes = sum(tensor.nbytes for tensor in every)
+        return f"{self.folder} as {self.form}: {len(every)} tensors, {n_bytes / 1e9:.2f} GB"
+
+    def describe(self) -> str:
+        """The tensors, one line for each kind."""
+        lines = [self.summary]
+        for place, tensors in self.tensors.items():
+            lines += [f"\n{place}", pieces_table((t.key, t.shape, t.dtype, t.pieces) for t in tensors)]
+        return "\n".join(lines)
+
+
+def open_export(folder: Path, form: Form | None = None, dtype: str | None = None) -> Export:
+    """The newest checkpoint of `folder` as PyTorch weights.
 
     hf-mamba2 is the language model for transformers; timm-vit one safetensors file per encoder; ml-mamba a run of ML-Mamba:
     config.json and checkpoints/latest-checkpoint.pt, with the encoders in files of their own beside it.
 
     Args:
         dtype: of all tensors. Default: that of each tensor in the weights that `folder` was converted from, else the folder's.
-        progress: show a bar on stderr.
 
     Raises:
         ConvertError: a form that the folder has no parts for. CheckpointError: a folder that is no checkpoint.
@@ -72,36 +93,33 @@ def write(
     config = checkpoint.load_config(folder)
     form = form or default_form(config)
     _check_parts(config, form, folder)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    params, originals = checkpoint.ParamsOnDisk(folder), _originals(folder)
+    tensors = {
+        place: _tensors(pieces, params, originals, dtype) for place, pieces in _tables(config, form, params).items()
+    }
+    return Export(folder, config, form, params, tensors)
+
+
+def write(export: Export, out: Path, *, progress: bool = False) -> list[Path]:
+    """Write the weights into `out`, whole or not at all, and return the files. `progress`: show a bar on stderr."""
     check_absent(out)
-    params = checkpoint.ParamsOnDisk(folder)
     with aside(out) as target:
-        for place, pieces in _tables(config, form, params).items():
-            tensors = _tensors(pieces, params, folder, dtype)
+        for place, tensors in export.tensors.items():
             if place == str(RUN_CHECKPOINT):
-                _write_torch(tensors, params, target / place, progress)
+                _write_torch(tensors, export.params, target / place, progress)
                 beside = target
             else:
-                _write_safetensors(tensors, params, target / place, progress)
+                _write_safetensors(tensors, export.params, target / place, progress)
                 beside = target / place
-            serialize.write_text(beside / CONFIG_FILE, _as_text(_config_of(config, form, place)))
-        if (folder / TOKENIZER_FILE).is_file() and form != "timm-vit":
-            shutil.copyfile(folder / TOKENIZER_FILE, target / TOKENIZER_FILE)
+            config = _config_of(export.config, export.form, place)
+            serialize.write_text(beside / CONFIG_FILE, _as_text(config))
+        tokenizer = export.folder / TOKENIZER_FILE
+        if tokenizer.is_file() and export.form != "timm-vit":
+            shutil.copyfile(tokenizer, target / TOKENIZER_FILE)
         written = [path.relative_to(target) for path in sorted(target.rglob("*")) if path.is_file()]
     return [out / path for path in written]
-
-
-def describe(folder: Path, form: Form | None = None, dtype: str | None = None) -> str:
-    """The tensors that `write` would write, one line for each kind. Raises what `write` raises before it writes."""
-    config = checkpoint.load_config(folder)
-    form = form or default_form(config)
-    _check_parts(config, form, folder)
-    params = checkpoint.ParamsOnDisk(folder)
-    lines, n_tensors, total = [], 0, 0
-    for place, pieces in _tables(config, form, params).items():
-        tensors = _tensors(pieces, params, folder, dtype)
-        n_tensors, total = n_tensors + len(tensors), total + sum(tensor.nbytes for tensor in tensors)
-        lines += [f"\n{place}", pieces_table((t.key, t.shape, t.dtype, t.pieces) for t in tensors)]
-    return "\n".join([f"{folder} as {form}: {n_tensors} tensors, {total / 1e9:.2f} GB", *lines])
 
 
 def parts(out: Path) -> list[Path]:
@@ -172,11 +190,14 @@ def _originals(folder: Path) -> dict[tuple[str, bool], Original]:
         raise CheckpointError(f"{record}: the record of the conversion is damaged; remove it to do without") from error
 
 
-def _tensors(pieces: Iterable[Piece], params: checkpoint.ParamsOnDisk, folder: Path, dtype: str | None) -> list[Tensor]:
+def _tensors(
+    pieces: Iterable[Piece],
+    params: checkpoint.ParamsOnDisk,
+    originals: dict[tuple[str, bool], Original],
+    dtype: str | None,
+) -> list[Tensor]:
     """The tensors of a table as they came, or in the order of the table where they never came from PyTorch."""
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    originals, tensors = _originals(folder), []
+    tensors = []
     of_parameter: dict[str, set[str]] = {}  # for tensors that were others: three that have become one
     for (where, _), original in originals.items():
         of_parameter.setdefault(where.partition("[")[0], set()).add(original.dtype)
@@ -266,14 +287,7 @@ def _write_torch(tensors: list[Tensor], params: checkpoint.ParamsOnDisk, path: P
             arrays[tensor.key] = arrays[tensor.key].view(torch.bfloat16)
     of_parameter = {tensor.pieces[0].path: arrays[tensor.key] for tensor in own}
     arrays |= {tensor.key: of_parameter[tensor.pieces[0].path] for tensor in tensors if tensor.stored_once}
-    nested: dict = {}
-    for tensor in tensors:
-        *parents, name = tensor.key.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = arrays[tensor.key]
-    torch.save(nested, path)
+    torch.save(unflatten_dict({tensor.key: arrays[tensor.key] for tensor in tensors}, sep="/"), path)
     scratch.unlink()
 
 

@@ -136,7 +136,7 @@ def bits(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
 
 def test_there_and_back_and_there_again_bit_by_bit(run, folder, tmp_path):
     back = tmp_path / "back"
-    written = to_torch.write(folder, back, "ml-mamba")
+    written = to_torch.write(to_torch.open_export(folder, "ml-mamba"), back)
     assert back / RUN_CHECKPOINT in written
     before, after = (torch.load(path / RUN_CHECKPOINT)["model"] for path in (run.folder, back))
     assert set(before) == set(after) == {"llm_backbone", "mlp", "bidirectional_mamba", "projector"}
