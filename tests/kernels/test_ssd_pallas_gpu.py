@@ -16,6 +16,7 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels.specs import SSD_SPECS, SSDSpec
 from pallas_kernels.ssd import pallas_gpu
+from pallas_kernels.ssd.pallas_gpu import forward
 from tests.kernels import walk_emulation
 from tests.kernels.compare import BOUNDS, assert_close, exactly, jitted, named, outputs_and_gradients
 from tests.kernels.ssd_suite import SSDSuite, problem, without
@@ -42,7 +43,7 @@ class TestPallasGPU(SSDSuite):
         return jitted(pk.ssd_step, implementation="xla", **options)
 
     def test_long_sequence_in_parts(self):
-        assert pallas_gpu.make_plan(1, 4100, 4, 1, 64).parts > 1
+        assert forward.make_plan(1, 4100, 4, 1, 64).parts > 1
         ids = np.random.default_rng(0).integers(-1, 2, (1, 41)).repeat(100, axis=1).astype(np.int32)
         arrays = problem(b=1, l=4100, h=4, g=1, p=64, n=64)
         self.check(arrays)
@@ -60,15 +61,15 @@ class TestPallasGPU(SSDSuite):
 @pytest.fixture(params=[1, 3], ids=["whole", "in parts"])
 def emulated(request, monkeypatch):
     """`ssd` with the kernel replaced by its emulation in float32, the sequence whole or in parts."""
-    make_plan = pallas_gpu.make_plan
+    make_plan = forward.make_plan
 
     def plan(*args):
         whole = dataclasses.replace(make_plan(*args), parts=1)
         parts = min(request.param, whole.chunks)
         return dataclasses.replace(whole, parts=parts, chunks=-(-whole.chunks // parts) * parts)
 
-    monkeypatch.setattr(pallas_gpu, "_walk", walk_emulation.walk)
-    monkeypatch.setattr(pallas_gpu, "make_plan", plan)
+    monkeypatch.setattr(forward, "walk", walk_emulation.walk)
+    monkeypatch.setattr(forward, "make_plan", plan)
     monkeypatch.setattr(pallas_gpu, "why_not_ssd", lambda *args, **kwargs: None)
 
     def check(arrays, bound=BOUNDS["float32"], **options):
@@ -191,15 +192,15 @@ def test_which_devices(monkeypatch, platform, capability, reason):
     "batch, length, slices, groups, n", [(1, 131072, 80, 1, 128), (4, 4096, 80, 8, 64), (1, 1, 3, 1, 256)]
 )
 def test_plan_covers_the_sequence(batch, length, slices, groups, n):
-    plan = pallas_gpu.make_plan(batch, length, slices, groups, n)
+    plan = forward.make_plan(batch, length, slices, groups, n)
     assert plan.chunks == plan.parts * plan.chunks_per_part
     assert plan.chunks - plan.chunks_per_part < -(-length // 64) <= plan.chunks  # no part is all behind the end
     assert slices // groups % plan.heads == 0
 
 
 def test_plan_splits_where_heads_are_few():
-    assert pallas_gpu.make_plan(8, 2048, 80, 1, 128).parts == 1
-    assert pallas_gpu.make_plan(1, 8192, 80, 1, 128).parts > 1
+    assert forward.make_plan(8, 2048, 80, 1, 128).parts == 1
+    assert forward.make_plan(1, 8192, 80, 1, 128).parts > 1
 
 
 def export(function, arrays) -> str:

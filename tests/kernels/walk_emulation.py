@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernel of `ssd` computes, in plain JAX: takes the place of `pallas_gpu._walk` where there is no GPU.
+"""What the Mosaic GPU kernel of `ssd` computes, in plain JAX: takes the place of `pallas_gpu.forward.walk` where there is no GPU.
 
 It reads what the kernel reads (the prepared exponents, the integers of packed sequences, the parts of a split sequence)
 and rounds where the kernel rounds, so all that surrounds the kernel can be tested on a CPU.
@@ -6,7 +6,8 @@ and rounds where the kernel rounds, so all that surrounds the kernel can be test
 
 import jax.numpy as jnp
 
-from pallas_kernels.ssd.pallas_gpu import CHUNK, _start_of_last
+from pallas_kernels.ssd.pallas_gpu.exponents import start_of_last
+from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK
 
 
 def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, first_visible=None, keep_states=False):
@@ -47,7 +48,7 @@ def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, firs
             kept, to_end = jnp.exp2(s[..., -1]), jnp.exp2(s[..., -1:] - u)
             if first_visible is not None:
                 first = first_visible[:, chunk]
-                start = _start_of_last(first[:, -1])
+                start = start_of_last(first[:, -1])
                 to_end = jnp.where((position[None] >= start[:, None])[:, None], to_end, 0)
                 kept = jnp.where((start < 0)[:, None], kept, 0)
                 visible = visible & (position[None, None] >= first[..., None])[:, None]

@@ -3,15 +3,7 @@
 The mathematics are those of `xla`: inside a chunk of 64 tokens a masked matrix product, from chunk to chunk only the
 state. A thread block walks the chunks of `heads` heads that share B and C. One warpgroup copies the next chunks into
 shared memory while the others multiply, one head each; a head's state stays in the registers of its warpgroup, so
-device memory sees every input and every output once.
-
-XLA prepares what Mosaic GPU cannot do (it has no cumulative sum), as exponents of 2:
-
-    s_i = log2(e) * sum of d_t A up to token i of its chunk
-    u_j = s_j - log2(d_j)              so that 2^(s_i - u_j) = exp(sum of d_t A from j+1 to i) d_j, and 0 where d_j is 0
-
-which covers padding and the ragged end (d = 0) without a mask. Differences are never positive where they are used, so
-nothing overflows. Packed sequences add one integer for each token, see `_first_visible`.
+device memory sees every input and every output once. The decays arrive as exponents of 2, see `exponents`.
 
 The tiles are 64 wide. A head of 128 channels is two slices of 64 that decay alike; narrower heads and states are
 filled with zeros. When there are too few heads to fill the device, the sequence is split: a first walk computes the
@@ -20,7 +12,6 @@ state each part adds, XLA chains these, and the second walk computes all parts a
 
 import dataclasses
 import functools
-import inspect
 import math
 
 import jax
@@ -29,83 +20,23 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.segments import number_segments
-from pallas_kernels.ssd.discretize import discretize
-from pallas_kernels.ssd.vjp import with_xla_gradient
-
-CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgmma instruction
-SHARED_MEMORY = 227 * 1024  # bytes that one thread block of an H100 or H200 may use
-PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
-
-MATRIX = plgpu.Layout.WGMMA
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that belongs to the rows of a matrix in registers
-COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-
-
-def why_not_here() -> str | None:
-    """Why this backend cannot be the automatic choice on the default device."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"needs a CUDA device of compute capability 9.x, the default device is a {device.platform}"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if not capability.startswith("9."):
-        return f"needs a CUDA device of compute capability 9.x, {device.device_kind} has {capability}"
-    if len(jax.devices()) > 1:
-        return "several devices: XLA cannot split the kernel over a mesh by itself; name it inside shard_map"
-    return None
+from pallas_kernels.ssd.pallas_gpu.exponents import by_part, prepare, start_of_last
+from pallas_kernels.ssd.pallas_gpu.tiles import (
+    CHUNK,
+    COLUMNS,
+    MATRIX,
+    PROCESSORS,
+    ROWS,
+    SHARED_MEMORY,
+    columns,
+    filled,
+    load,
+    rows,
+    zeros,
+)
 
 
-def why_not_ssd(x, dt, A, B, C, *, dt_limit=(0.0, float("inf")), **_) -> str | None:
-    head_dim, state_size = x.shape[-1], B.shape[-1]
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"x is {x.dtype}; the kernel multiplies bfloat16 or float16"
-    if not x.dtype == B.dtype == C.dtype:
-        return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; the kernel multiplies operands of one dtype"
-    if head_dim > 64 and head_dim % 64:
-        return f"heads are {head_dim} wide; the kernel takes up to 64, or a multiple of 64"
-    if state_size > 256:
-        return f"the state size is {state_size}; the kernel keeps at most 256 in registers"
-    if dt_limit[0] < 0:
-        return f"dt_limit starts at {dt_limit[0]}; the kernel takes logarithms of the step sizes"
-    return None
-
-
-def ssd(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    *,
-    D=None,
-    z=None,
-    dt_bias=None,
-    dt_softplus=False,
-    dt_limit=(0.0, float("inf")),
-    initial_state=None,
-    segment_ids=None,
-    return_final_state=False,
-    chunk_size=None,
-    precision=None,
-):
-    del chunk_size, precision  # tiles are 64 tokens, products are exact for 16-bit operands and summed in float32
-    arrays = {
-        "x": x,
-        "dt": dt,
-        "A": A,
-        "B": B,
-        "C": C,
-        "D": D,
-        "z": z,
-        "dt_bias": dt_bias,
-        "initial_state": initial_state,
-        "segment_ids": segment_ids,
-    }
-    run = with_xla_gradient(_forward, dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_state=return_final_state)
-    return run({name: a for name, a in arrays.items() if a is not None})
-
-
-def _forward(
+def outputs(
     x,
     dt,
     A,
@@ -129,27 +60,27 @@ def _forward(
 
     def sliced(a):
         """[b l h p] -> [b l slices 64]"""
-        return None if a is None else _filled(a, -1, 64).reshape(batch, length, slices, CHUNK)
+        return None if a is None else filled(a, -1, 64).reshape(batch, length, slices, CHUNK)
 
     factors, first_visible = prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, plan.chunks)
     x, z = sliced(x), sliced(z)
-    B, C = (_filled(_filled(a, -1, n), 1, 8) for a in (B, C))
+    B, C = (filled(filled(a, -1, n), 1, 8) for a in (B, C))
     if D is not None:
         D = D.astype(jnp.float32)
-        D = jnp.repeat(D, slices // heads) if D.ndim == 1 else _filled(D, -1, 64).reshape(slices, CHUNK)
+        D = jnp.repeat(D, slices // heads) if D.ndim == 1 else filled(D, -1, 64).reshape(slices, CHUNK)
     state = None
     if initial_state is not None:
-        state = _filled(_filled(initial_state.astype(jnp.float32), 2, 64), 3, n).reshape(batch, 1, slices, CHUNK, n)
+        state = filled(filled(initial_state.astype(jnp.float32), 2, 64), 3, n).reshape(batch, 1, slices, CHUNK, n)
 
     if plan.parts > 1:
-        to_end, kept = _by_part(factors, first_visible, plan)
-        added = _walk(plan=plan, parts=plan.parts - 1, x=x, B=B, factors=to_end, keep_states=True)
+        to_end, kept = by_part(factors, first_visible, plan)
+        added = walk(plan=plan, parts=plan.parts - 1, x=x, B=B, factors=to_end, keep_states=True)
         kept = jnp.repeat(kept, slices // heads, axis=2)[..., None, None]
         states = [jnp.zeros_like(added[:, 0]) if state is None else state[:, 0]]
         for part in range(plan.parts - 1):
             states.append(kept[:, part] * states[-1] + added[:, part])
         state = jnp.stack(states, axis=1)
-    y, final = _walk(
+    y, final = walk(
         plan=plan,
         parts=plan.parts,
         x=x,
@@ -166,84 +97,6 @@ def _forward(
     if not return_final_state:
         return y
     return y, final.reshape(batch, heads, -1, n)[:, :, :head_dim, :state_size]
-
-
-def _filled(a, axis: int, width: int):
-    """`a` with zeros behind it on `axis` up to the next multiple of `width`."""
-    missing = -a.shape[axis] % width
-    if not missing:
-        return a
-    fill = [(0, 0)] * a.ndim
-    fill[axis] = (0, missing)
-    return jnp.pad(a, fill)
-
-
-# What XLA computes beforehand.
-
-
-def prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, chunks: int):
-    """The exponents s and u [b h chunks 2 64], and for packed sequences `_first_visible` [b chunks 64]."""
-    batch, length, heads = dt.shape
-    dt = discretize(dt, dt_bias, dt_softplus, dt_limit, jnp.float32)
-    first_visible = None
-    if segment_ids is not None:
-        segments = number_segments(segment_ids)
-        dt = jnp.where(segments.real[..., None], dt, 0)
-        first_visible = _first_visible(segments, chunks)
-    dt = jnp.pad(dt, ((0, 0), (0, chunks * CHUNK - length), (0, 0)))
-    dt = jnp.swapaxes(dt, 1, 2).reshape(batch, heads, chunks, CHUNK)
-    # The cumulative sum as a matrix product, which is one fast kernel; summed before A and log2(e) scale it.
-    upper = jnp.triu(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    s = jnp.einsum("bhcj,ji->bhci", dt, upper, precision=lax.Precision.HIGHEST)
-    s = s * (A.astype(jnp.float32) * math.log2(math.e))[None, :, None, None]
-    u = s - jnp.log2(dt)
-    return jnp.stack([s, u], axis=3), first_visible
-
-
-def _first_visible(segments, chunks: int):
-    """For each token the first token of its chunk that it sees, [b chunks 64].
-
-    -1: it sees the state that enters the chunk too. Padding is `_PADDING` more: it sees nothing, but still tells which
-    sequence the row is in.
-    """
-    index = jnp.pad(segments.index, ((0, 0), (0, chunks * CHUNK - segments.index.shape[1])), mode="edge")
-    real = jnp.pad(segments.real, ((0, 0), (0, chunks * CHUNK - segments.real.shape[1])))
-    starts = jnp.diff(index, axis=1, prepend=0) > 0
-    position = jnp.arange(CHUNK, dtype=jnp.int32)[None, None]
-    starts = jnp.where(starts.reshape(-1, chunks, CHUNK), position, -1)
-    return lax.cummax(starts, axis=2) + jnp.where(real.reshape(starts.shape), 0, _PADDING)
-
-
-_PADDING = 1024
-
-
-def _start_of_last(first_visible):
-    """Where in its chunk the sequence starts that the chunk's last token belongs to; -1: before the chunk."""
-    return jnp.where(first_visible < CHUNK, first_visible, first_visible - _PADDING)
-
-
-def _by_part(factors, first_visible, plan):
-    """For the walk that only adds up states: how much of each token, and of the state before, is left where a part ends.
-
-    Returns exponents of 2 for the tokens [b h chunks 1 64], and factors for the states [b parts heads].
-    """
-
-    def by_part(a):
-        return a.reshape(*a.shape[:-1], plan.parts, plan.chunks_per_part)
-
-    last = factors[:, :, :, 0, -1]
-    total = lax.cumsum(by_part(last), axis=3, reverse=True).reshape(last.shape)  # from this chunk's start on
-    to_end = total[..., None] - factors[:, :, :, 1]
-    kept = jnp.exp2(jnp.swapaxes(by_part(total)[..., 0], 1, 2))
-    if first_visible is not None:
-        start = _start_of_last(first_visible[:, :, -1])
-        starts = by_part(start >= 0).astype(jnp.int32)
-        later = lax.cumsum(starts, axis=2, reverse=True) - starts  # sequences that start in later chunks of the part
-        position = jnp.arange(CHUNK, dtype=jnp.int32)[None, None]
-        stays = (position >= start[..., None]) & (later.reshape(start.shape) == 0)[..., None]
-        to_end = jnp.where(stays[:, None], to_end, -jnp.inf)
-        kept = jnp.where((starts.sum(axis=2) == 0)[..., None], kept, 0)
-    return to_end[:, :, :, None], kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,12 +135,12 @@ def make_plan(batch: int, length: int, slices: int, groups: int, n: int) -> Plan
 # The kernel.
 
 
-def _walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, first_visible=None, keep_states=False):
+def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, first_visible=None, keep_states=False):
     """One launch over the first `parts` parts.
 
     With C: y, and the final state or None. `factors` and `first_visible` are those of `prepare`; x, z [b l slices 64],
     B, C [b l g n], D [slices] or [slices 64], state [b parts slices 64 n] that enters each part.
-    Without C: what each part adds to the state, [b parts slices 64 n]. `factors` are those of `_by_part`.
+    Without C: what each part adds to the state, [b parts slices 64 n]. `factors` are those of `by_part`.
     """
     batch, _, slices, _ = x.shape
     groups, n = B.shape[2:]
@@ -468,8 +321,8 @@ def _add_up(block, refs, buffers):
         def _(chunk):
             slot = lax.rem(chunk, stages)
             plgpu.barrier_wait(buffers["filled"].at[slot])
-            to_end = jnp.exp2(_load(buffers["factors"].at[slot, warpgroup, 0], ROWS))
-            written = _load(buffers["x"].at[slot, warpgroup], MATRIX).astype(jnp.float32) * _rows(to_end)
+            to_end = jnp.exp2(load(buffers["factors"].at[slot, warpgroup, 0], ROWS))
+            written = load(buffers["x"].at[slot, warpgroup], MATRIX).astype(jnp.float32) * rows(to_end)
             tile = buffers["written"].at[warpgroup, lax.rem(chunk, 3)]
             tile[...] = written.astype(block.dtype)
             plgpu.commit_smem()
@@ -480,7 +333,7 @@ def _add_up(block, refs, buffers):
             def _():
                 plgpu.barrier_arrive(buffers["consumed"].at[lax.rem(chunk + stages - 1, stages)])
 
-    state = pl.run_state(loop)(plgpu.ACC.init(_zeros(CHUNK, block.n)))
+    state = pl.run_state(loop)(plgpu.ACC.init(zeros(CHUNK, block.n)))
     refs["out states"].at[batch, part, first + warpgroup][...] = state
 
 
@@ -494,13 +347,13 @@ def _compute(block, refs, buffers):
     row = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
     column = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLUMNS)
 
-    state = _zeros(CHUNK, block.n)
+    state = zeros(CHUNK, block.n)
     if "state" in refs:
-        state = _load(refs["state"].at[batch, part, one], MATRIX, device_memory=True)
+        state = load(refs["state"].at[batch, part, one], MATRIX, device_memory=True)
     skip = None
     if "D" in refs:
         per_head = len(refs["D"].shape) == 1
-        skip = refs["D"][one] if per_head else _columns(_load(refs["D"].at[one], COLUMNS, device_memory=True))
+        skip = refs["D"][one] if per_head else columns(load(refs["D"].at[one], COLUMNS, device_memory=True))
 
     if taking_turns:
 
@@ -517,11 +370,11 @@ def _compute(block, refs, buffers):
         factors = buffers["factors"].at[slot, warpgroup]
         last = factors[0, CHUNK - 1]
         kept = jnp.exp2(last)
-        i = _rows(lax.optimization_barrier(row))  # or the compiler keeps a whole mask in registers from chunk to chunk
-        j = _columns(column)
+        i = rows(lax.optimization_barrier(row))  # or the compiler keeps a whole mask in registers from chunk to chunk
+        j = columns(column)
         if packed:
-            first_visible = _rows(_load(buffers["first_visible"].at[slot], ROWS))
-            start = _start_of_last(buffers["first_visible"][slot, CHUNK - 1])
+            first_visible = rows(load(buffers["first_visible"].at[slot], ROWS))
+            start = start_of_last(buffers["first_visible"][slot, CHUNK - 1])
             kept = jnp.where(start < 0, kept, 0.0)
 
         def products(accumulators):
@@ -529,11 +382,11 @@ def _compute(block, refs, buffers):
             scores_acc, y_acc, state_acc = accumulators
             C = buffers["C"].at[slot]
             if block.n <= 128:  # from registers both products run faster; a wider one does not fit
-                C = _load(C, MATRIX)
+                C = load(C, MATRIX)
             plgpu.wgmma(scores_acc, C, B_tile.transpose((1, 0)))
 
-            x = _load(x_tile, MATRIX)
-            written = x.astype(jnp.float32) * _rows(jnp.exp2(last - _load(factors.at[1], ROWS)))
+            x = load(x_tile, MATRIX)
+            written = x.astype(jnp.float32) * rows(jnp.exp2(last - load(factors.at[1], ROWS)))
             if packed:
                 written = jnp.where(i >= start, written, 0.0)
             written_tile[...] = written.astype(dtype)
@@ -544,13 +397,13 @@ def _compute(block, refs, buffers):
             if taking_turns:
                 plgpu.barrier_arrive(buffers["turn"].at[1 - warpgroup])
 
-            s, u = _load(factors.at[0], ROWS), _load(factors.at[1], COLUMNS)
-            decays = jnp.exp2(_rows(s) - _columns(u))
+            s, u = load(factors.at[0], ROWS), load(factors.at[1], COLUMNS)
+            decays = jnp.exp2(rows(s) - columns(u))
             visible = (i >= j) & (j >= first_visible) if packed else i >= j
             scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=2)
             weights = jnp.where(visible, scores * decays, 0.0).astype(dtype)
 
-            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1) * _rows(jnp.exp2(s))
+            y = plgpu.wgmma_accumulator_load(y_acc, wait_n=1) * rows(jnp.exp2(s))
             if packed:
                 y = jnp.where(first_visible < 0, y, 0.0)
             if skip is not None:
@@ -560,7 +413,7 @@ def _compute(block, refs, buffers):
             y = plgpu.wgmma_accumulator_load(y_acc, wait_n=0)
 
             if "z" in refs:
-                z = _load(buffers["z"].at[slot, warpgroup], MATRIX).astype(jnp.float32)
+                z = load(buffers["z"].at[slot, warpgroup], MATRIX).astype(jnp.float32)
                 y = y * (z / (1.0 + jnp.exp2(z * -math.log2(math.e))))
             if packed:
                 y = jnp.where(first_visible < CHUNK, y, 0.0)
@@ -570,8 +423,8 @@ def _compute(block, refs, buffers):
             tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
             plgpu.copy_smem_to_gmem(buffers["y flat"].at[warpgroup], refs["out y"].at[batch, tokens, one])
 
-        zeros = _zeros(CHUNK, CHUNK)
-        accumulators = tuple(map(plgpu.ACC.init, (zeros, zeros, state * kept)))
+        square = zeros(CHUNK, CHUNK)
+        accumulators = tuple(map(plgpu.ACC.init, (square, square, state * kept)))
         *_, state = pl.run_state(products)(accumulators)
         plgpu.barrier_arrive(buffers["consumed"].at[slot])
         return state
@@ -584,24 +437,3 @@ def _compute(block, refs, buffers):
             refs["out states"].at[batch, 0, one][...] = state
 
     plgpu.wait_smem_to_gmem(0)
-
-
-def _rows(vector):
-    """[64] over the rows of a square."""
-    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
-
-
-def _columns(vector):
-    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
-
-
-def _zeros(*shape):
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
-
-
-# JAX 0.10 takes the index apart from the reference and insists on one.
-_EVERYTHING = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
-
-
-def _load(ref, layout, *, device_memory: bool = False):
-    return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=not device_memory)

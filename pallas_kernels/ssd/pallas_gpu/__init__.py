@@ -1,0 +1,72 @@
+"""SSD on NVIDIA Hopper in Pallas' Mosaic GPU: which arguments the kernels take, and `ssd` itself."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ssd.pallas_gpu import forward
+from pallas_kernels.ssd.vjp import with_xla_gradient
+
+
+def why_not_here() -> str | None:
+    """Why this backend cannot be the automatic choice on the default device."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"needs a CUDA device of compute capability 9.x, the default device is a {device.platform}"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if not capability.startswith("9."):
+        return f"needs a CUDA device of compute capability 9.x, {device.device_kind} has {capability}"
+    if len(jax.devices()) > 1:
+        return "several devices: XLA cannot split the kernel over a mesh by itself; name it inside shard_map"
+    return None
+
+
+def why_not_ssd(x, dt, A, B, C, *, dt_limit=(0.0, float("inf")), **_) -> str | None:
+    head_dim, state_size = x.shape[-1], B.shape[-1]
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}; the kernel multiplies bfloat16 or float16"
+    if not x.dtype == B.dtype == C.dtype:
+        return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; the kernel multiplies operands of one dtype"
+    if head_dim > 64 and head_dim % 64:
+        return f"heads are {head_dim} wide; the kernel takes up to 64, or a multiple of 64"
+    if state_size > 256:
+        return f"the state size is {state_size}; the kernel keeps at most 256 in registers"
+    if dt_limit[0] < 0:
+        return f"dt_limit starts at {dt_limit[0]}; the kernel takes logarithms of the step sizes"
+    return None
+
+
+def ssd(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    *,
+    D=None,
+    z=None,
+    dt_bias=None,
+    dt_softplus=False,
+    dt_limit=(0.0, float("inf")),
+    initial_state=None,
+    segment_ids=None,
+    return_final_state=False,
+    chunk_size=None,
+    precision=None,
+):
+    del chunk_size, precision  # tiles are 64 tokens, products are exact for 16-bit operands and summed in float32
+    arrays = {
+        "x": x,
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "dt_bias": dt_bias,
+        "initial_state": initial_state,
+        "segment_ids": segment_ids,
+    }
+    run = with_xla_gradient(
+        forward.outputs, dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_state=return_final_state
+    )
+    return run({name: a for name, a in arrays.items() if a is not None})

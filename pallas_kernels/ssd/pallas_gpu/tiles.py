@@ -1,0 +1,46 @@
+"""The tiles that the Mosaic GPU kernels of this package work on, and how vectors meet them."""
+
+import inspect
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgmma instruction
+SHARED_MEMORY = 227 * 1024  # bytes that one thread block of an H100 or H200 may use
+PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
+
+MATRIX = plgpu.Layout.WGMMA
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that belongs to the rows of a matrix in registers
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def filled(a, axis: int, width: int):
+    """`a` with zeros behind it on `axis` up to the next multiple of `width`."""
+    missing = -a.shape[axis] % width
+    if not missing:
+        return a
+    fill = [(0, 0)] * a.ndim
+    fill[axis] = (0, missing)
+    return jnp.pad(a, fill)
+
+
+def rows(vector):
+    """[64] over the rows of a square."""
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
+
+
+def columns(vector):
+    return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
+
+
+def zeros(*shape):
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+
+
+# JAX 0.10 takes the index apart from the reference and insists on one.
+_EVERYTHING = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
+
+
+def load(ref, layout, *, device_memory: bool = False):
+    return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=not device_memory)
