@@ -16,8 +16,8 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels.specs import SSD_SPECS, SSDSpec
 from pallas_kernels.ssd import pallas_gpu
-from pallas_kernels.ssd.pallas_gpu import forward
-from tests.kernels import walk_emulation
+from pallas_kernels.ssd.pallas_gpu import backward, forward
+from tests.kernels import gradient_emulation, walk_emulation
 from tests.kernels.compare import BOUNDS, assert_close, exactly, jitted, named, outputs_and_gradients
 from tests.kernels.ssd_suite import SSDSuite, problem, without
 
@@ -70,6 +70,8 @@ def emulated(request, monkeypatch):
 
     monkeypatch.setattr(forward, "walk", walk_emulation.walk)
     monkeypatch.setattr(forward, "make_plan", plan)
+    monkeypatch.setattr(backward, "boundary_states", gradient_emulation.boundary_states)
+    monkeypatch.setattr(backward, "chunk_gradients", gradient_emulation.chunk_gradients)
     monkeypatch.setattr(pallas_gpu, "why_not_ssd", lambda *args, **kwargs: None)
 
     def check(arrays, bound=BOUNDS["float32"], **options):

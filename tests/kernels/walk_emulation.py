@@ -6,7 +6,7 @@ and rounds where the kernel rounds, so all that surrounds the kernel can be test
 
 import jax.numpy as jnp
 
-from pallas_kernels.ssd.pallas_gpu.exponents import start_of_last
+from pallas_kernels.ssd.pallas_gpu.exponents import start_of_sequence
 from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK
 
 
@@ -48,7 +48,7 @@ def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, firs
             kept, to_end = jnp.exp2(s[..., -1]), jnp.exp2(s[..., -1:] - u)
             if first_visible is not None:
                 first = first_visible[:, chunk]
-                start = start_of_last(first[:, -1])
+                start = start_of_sequence(first[:, -1])
                 to_end = jnp.where((position[None] >= start[:, None])[:, None], to_end, 0)
                 kept = jnp.where((start < 0)[:, None], kept, 0)
                 visible = visible & (position[None, None] >= first[..., None])[:, None]

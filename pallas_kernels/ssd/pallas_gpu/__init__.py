@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd.pallas_gpu import forward
-from pallas_kernels.ssd.vjp import with_xla_gradient
+from pallas_kernels.ssd.pallas_gpu import backward, forward
+from pallas_kernels.ssd.vjp import with_gradient, xla_gradient
 
 
 def why_not_here() -> str | None:
@@ -66,7 +66,7 @@ def ssd(
         "initial_state": initial_state,
         "segment_ids": segment_ids,
     }
-    run = with_xla_gradient(
-        forward.outputs, dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_state=return_final_state
-    )
+    options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit, "return_final_state": return_final_state}
+    gradient = backward.gradients if B.shape[-1] <= backward.WIDEST_STATE else xla_gradient
+    run = with_gradient(forward.outputs, gradient, **options)
     return run({name: a for name, a in arrays.items() if a is not None})

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.pallas_gpu.exponents import by_part, prepare, start_of_last
+from pallas_kernels.ssd.pallas_gpu.exponents import by_part, prepare, start_of_sequence
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
     COLUMNS,
@@ -31,7 +31,9 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     columns,
     filled,
     load,
+    operand,
     rows,
+    square,
     zeros,
 )
 
@@ -208,33 +210,26 @@ def _shared_memory(block: Block, inputs: dict) -> dict:
     heads, n, dtype = block.heads, block.n, block.dtype
     outputs = "C" in inputs
     stages = _stages(block, inputs)
-    swizzle = plgpu.SwizzleTransform(128)
-
-    def operand(*shape):
-        """Memory that wgmma reads: tiles of 8 x 64. Copies from and to it need a multiple of 8 tokens."""
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle))
-
-    def square(*leading):
-        """64 x 64 as an `operand`, and without tiles for copies of any number of tokens: the bytes are the same."""
-        shape = (*leading, CHUNK, CHUNK)
-        return plgpu.RefUnion(operand(*shape), plgpu.SMEM(shape, dtype, transforms=(swizzle,)))
-
     copies = sum(name in inputs for name in ("B", "C", "first_visible"))
     copies += heads * sum(name in inputs for name in ("x", "z", "factors"))
     scratch = {
-        "x": square(stages, heads),
-        "B": operand(stages, CHUNK, n),
+        "x": square(dtype, stages, heads),
+        "B": operand(dtype, stages, CHUNK, n),
         "factors": plgpu.SMEM((stages, heads, inputs["factors"].shape[3], CHUNK), jnp.float32),
-        "written": operand(heads, 1 if outputs else 3, CHUNK, CHUNK),
+        "written": operand(dtype, heads, 1 if outputs else 3, CHUNK, CHUNK),
         "filled": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         "consumed": plgpu.Barrier(num_arrivals=heads, num_barriers=stages),
     }
     if outputs:
-        scratch |= {"C": operand(stages, CHUNK, n), "state": operand(heads, CHUNK, n), "y": square(heads)}
+        scratch |= {
+            "C": operand(dtype, stages, CHUNK, n),
+            "state": operand(dtype, heads, CHUNK, n),
+            "y": square(dtype, heads),
+        }
         if heads == 2:  # the two issue their products in turn, so one weights scores while the other multiplies
             scratch["turn"] = plgpu.Barrier(num_barriers=2)
     if "z" in inputs:
-        scratch["z"] = square(stages, heads)
+        scratch["z"] = square(dtype, stages, heads)
     if "first_visible" in inputs:
         scratch["first_visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
     return scratch
@@ -374,7 +369,7 @@ def _compute(block, refs, buffers):
         j = columns(column)
         if packed:
             first_visible = rows(load(buffers["first_visible"].at[slot], ROWS))
-            start = start_of_last(buffers["first_visible"][slot, CHUNK - 1])
+            start = start_of_sequence(buffers["first_visible"][slot, CHUNK - 1])
             kept = jnp.where(start < 0, kept, 0.0)
 
         def products(accumulators):

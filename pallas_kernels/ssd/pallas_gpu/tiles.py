@@ -25,6 +25,18 @@ def filled(a, axis: int, width: int):
     return jnp.pad(a, fill)
 
 
+def operand(dtype, *shape):
+    """Memory that wgmma reads: tiles of 8 x 64. Copies from and to it need a multiple of 8 tokens."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+
+
+def square(dtype, *leading):
+    """64 x 64 as an `operand`, and without tiles for copies of any number of tokens: the bytes are the same."""
+    shape = (*leading, CHUNK, CHUNK)
+    flat = plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),))
+    return plgpu.RefUnion(operand(dtype, *shape), flat)
+
+
 def rows(vector):
     """[64] over the rows of a square."""
     return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [0])
