@@ -1,9 +1,11 @@
-"""SSD on NVIDIA Hopper in Pallas' Mosaic GPU: which arguments the kernels take, and `ssd` itself."""
+"""SSD on NVIDIA Hopper in Pallas' Mosaic GPU: which arguments the kernels take, `ssd` and `ssd_step` themselves."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd.pallas_gpu import forward
+from pallas_kernels.gradients import with_gradient_of
+from pallas_kernels.ssd import xla
+from pallas_kernels.ssd.pallas_gpu import forward, step
 from pallas_kernels.ssd.vjp import with_xla_gradient
 
 
@@ -70,3 +72,16 @@ def ssd(
         forward.outputs, dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_state=return_final_state
     )
     return run({name: a for name, a in arrays.items() if a is not None})
+
+
+def why_not_ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, **_) -> str | None:
+    return step.why_not(state, x, dt, A, B, C, D, z, dt_bias)
+
+
+def ssd_step(state, x, dt, A, B, C, *, D=None, z=None, dt_bias=None, dt_softplus=False, dt_limit=(0.0, float("inf"))):
+    arrays = {"state": state, "x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    options = {"dt_softplus": dt_softplus, "dt_limit": dt_limit}
+    run = with_gradient_of(
+        lambda arrays: xla.ssd_step(**arrays, **options), lambda arrays: step.ssd_step(**arrays, **options)
+    )
+    return run(arrays)
