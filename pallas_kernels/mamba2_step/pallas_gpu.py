@@ -4,8 +4,8 @@ The first does everything up to y: a thread block convolves the channels it need
 C of its group, and updates its rows of the state of one head. B and C are convolved again in every block, which costs
 a ninth of the bytes of the block's state and saves a launch.
 
-The second gates and normalises y, one block for each group of a row, and moves the convolution state on by one token;
-the first still read the old one. Both states change in place.
+The second gates and normalises y, one block for each group of a row, while other blocks move the convolution state on
+by one token; the first launch still read the old one. Both states change in place.
 """
 
 import functools
@@ -103,7 +103,7 @@ def _two_launches(
         functools.partial(_norm, [*inputs], sizes, norm_eps, norm_before_gate),
         "mamba2_step_norm",
         jax.ShapeDtypeStruct(y.shape, y.dtype),
-        grid={"group": sizes.groups, "batch": batch},
+        grid={"part": 1 + _movers(sizes), "group": sizes.groups, "batch": batch},
     )(*inputs.values(), conv_state)
     return y, jax.freeze(conv_state), jax.freeze(ssm_state)
 
@@ -152,37 +152,46 @@ def _scan(names, sizes: Sizes, tile: step.Tile, dt_limit, *refs):
 def _norm(names, sizes: Sizes, eps, norm_before_gate, *refs):
     *inputs, conv_state, out = refs
     refs = dict(zip(names, inputs, strict=True))
-    batch, group = lax.axis_index("batch"), lax.axis_index("group")
+    batch, group, part = (lax.axis_index(name) for name in ("batch", "group", "part"))
     zxbcdt = refs["zxbcdt"]
 
     def strided(width):
         """Neighbouring channels of a thread, as many as every row of zxbcdt and every group allow to read at once."""
         return plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(4, width // THREADS, sizes.projected, sizes.inner))
 
-    moved = sizes.channels // sizes.groups  # a share of the channels; which, is all the same
-    layout = strided(moved)
-    share = pl.ds(group * moved, moved)
-    window = [conv_state.at[batch, tap, share] for tap in range(conv_state.shape[1])]
-    later = [*window[1:], zxbcdt.at[batch, pl.ds(sizes.inner + group * moved, moved)]]
-    later = [load(ref, layout, device_memory=True) for ref in later]
-    for ref, value in zip(window, later, strict=True):
-        ref[...] = value
+    @pl.when(part == 0)
+    def _():
+        width = sizes.inner // sizes.groups
+        layout = strided(width)
+        channels = pl.ds(group * width, width)
+        y = step.load32(refs["y"].at[batch, channels], layout)
+        gate = step.silu(step.load32(zxbcdt.at[batch, channels], layout))
+        if "norm_weight" not in refs:
+            y = y * gate
+        else:
+            weight = step.load32(refs["norm_weight"].at[channels], layout)
+            if not norm_before_gate:
+                y = y * gate
+            y = y * lax.rsqrt(jnp.sum(y * y) * (1.0 / width) + eps) * weight
+            if norm_before_gate:
+                y = y * gate
+        out.at[batch, channels][...] = y.astype(out.dtype)
 
-    width = sizes.inner // sizes.groups
-    layout = strided(width)
-    channels = pl.ds(group * width, width)
-    y = step.load32(refs["y"].at[batch, channels], layout)
-    gate = step.silu(step.load32(zxbcdt.at[batch, channels], layout))
-    if "norm_weight" not in refs:
-        y = y * gate
-    else:
-        weight = step.load32(refs["norm_weight"].at[channels], layout)
-        if not norm_before_gate:
-            y = y * gate
-        y = y * lax.rsqrt(jnp.sum(y * y) * (1.0 / width) + eps) * weight
-        if norm_before_gate:
-            y = y * gate
-    out.at[batch, channels][...] = y.astype(out.dtype)
+    @pl.when(part > 0)
+    def _():
+        width = sizes.channels // sizes.groups // _movers(sizes)  # a share of the channels; which, is all the same
+        layout = strided(width)
+        first = (group * _movers(sizes) + part - 1) * width
+        window = [conv_state.at[batch, tap, pl.ds(first, width)] for tap in range(conv_state.shape[1])]
+        later = [*window[1:], zxbcdt.at[batch, pl.ds(sizes.inner + first, width)]]
+        later = [load(ref, layout, device_memory=True) for ref in later]
+        for ref, value in zip(window, later, strict=True):
+            ref[...] = value
+
+
+def _movers(sizes: Sizes) -> int:
+    """Blocks for each group that move the convolution state: as many as divide its channels, at most 4."""
+    return max(n for n in range(1, 5) if sizes.channels // sizes.groups // THREADS % n == 0)
 
 
 def _one_each(width: int):

@@ -25,7 +25,7 @@ class SSDStepSuite:
     implementation: str
     bounds = BOUNDS
     sizes: dict[str, int] = {}  # noqa: RUF012, of cases about something else
-    shapes = ((1, 1, 16, 16, 1), (3, 6, 32, 64, 3), (2, 5, 64, 128, 1), (1, 2, 128, 256, 2))
+    shapes = ((1, 1, 32, 16, 1), (3, 6, 32, 64, 3), (2, 5, 64, 128, 1), (1, 2, 128, 256, 2))
     """b, h, p, n, g"""
     copies_nothing = False
     """XLA makes one copy of a small state where it reads the old one twice."""

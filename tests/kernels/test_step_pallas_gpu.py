@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels as pk
-from pallas_kernels.ssd.pallas_gpu.step import choose_tile
-from tests.kernels import mamba2_step_suite, ssd_step_suite
+from pallas_kernels.ssd.pallas_gpu.step import LARGEST, choose_tile
+from tests.kernels import mamba2_step_suite
 from tests.kernels.mamba2_step_suite import Mamba2StepSuite
 from tests.kernels.ssd_step_suite import SSDStepSuite, one_token
 from tests.kernels.ssd_suite import problem, without
@@ -104,7 +104,7 @@ def test_refuses(op, arrays, reason):
 @pytest.mark.parametrize("batch", [1, 8, 64])
 def test_tiles_cover_a_head(batch, head_dim, n):
     tile = choose_tile(batch, 80, head_dim, n)
-    assert head_dim % tile.rows == 0 and tile.rows * n <= 64 * 128
+    assert head_dim % tile.rows == 0 and tile.rows * n <= LARGEST
 
 
 def test_small_batches_are_cut_into_low_tiles():
@@ -170,10 +170,10 @@ def test_gradient_lowers_for_cuda(op):
     assert f"{op}" in export(jax.value_and_grad(loss), STEP if op == "ssd_step" else MIXER)
 
 
-def test_the_suites_ask_for_sizes_that_the_kernel_takes():
+@pytest.mark.parametrize("suite, op", [(TestSSDStep, "ssd_step"), (TestMamba2Step, "mamba2_step")])
+def test_the_suites_ask_for_sizes_that_the_kernel_takes(suite, op):
     """Otherwise they would fail on a GPU only."""
-    for suite, op, arrays in (
-        (TestSSDStep, "ssd_step", ssd_step_suite.one_token(problem(l=1, **TestSSDStep.sizes))),
-        (TestMamba2Step, "mamba2_step", mamba2_step_suite.problem(**TestMamba2Step.sizes)),
-    ):
-        assert pk.explain(op, **abstract(arrays), implementation=suite.implementation).chosen == "pallas_gpu"
+    sizes = [suite.sizes, *(dict(zip("bhpngw", shape, strict=False)) for shape in suite.shapes)]
+    for size in sizes:
+        arrays = suite().arrays(**size)
+        assert pk.explain(op, **abstract(arrays), implementation="pallas_gpu").chosen == "pallas_gpu"
