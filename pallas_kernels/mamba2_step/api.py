@@ -1,7 +1,7 @@
 """One token through a Mamba-2 mixer, from the input projection to the output projection, in one call."""
 
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.mamba2_step.sizes import split_sizes
@@ -11,8 +11,8 @@ MAMBA2_STEP = Op("mamba2_step", "pallas_kernels.mamba2_step", ("reference", "xla
 
 
 def mamba2_step(
-    conv_state: Float[Array, "b _ c"],
-    ssm_state: Float[Array, "b h p n"],
+    conv_state: Float[Array, "*layers b _ c"],
+    ssm_state: Float[Array, "*layers b h p n"],
     zxbcdt: Float[Array, "b e"],
     conv_weight: Float[Array, "c w"],
     A: Float[Array, "h"],
@@ -24,8 +24,9 @@ def mamba2_step(
     norm_weight: Float[Array, "h*p"] | None = None,
     norm_eps: float = 1e-5,
     norm_before_gate: bool = False,
+    layer: Int[Array, ""] | None = None,
     implementation: Implementation = None,
-) -> tuple[Float[Array, "b h*p"], Float[Array, "b w-1 c"], Float[Array, "b h p n"]]:
+) -> tuple[Float[Array, "b h*p"], Float[Array, "*layers b w-1 c"], Float[Array, "*layers b h p n"]]:
     """What lies between the two projections of Mamba-2 (arXiv 2405.21060, figure 6) when one token is decoded.
 
     The same numbers as `causal_conv1d_step` with SiLU, `ssd_step` with softplus and `gated_rms_norm` one after the
@@ -41,6 +42,8 @@ def mamba2_step(
             the groups g follow from the shapes.
         norm_weight: its norm runs over the channels of each group. Without it y is only gated: y * silu(z).
         norm_before_gate: rms_norm(y) * norm_weight * silu(z) instead.
+        layer: the states are those of all layers, [layers b w-1 c] and [layers b h p n]; this one's are read and
+            replaced. A loop over layers that carries the stack copies nothing, where slices of it would be copied.
         implementation: see `pallas_kernels.dispatch`.
 
     Returns:
@@ -50,14 +53,15 @@ def mamba2_step(
     Raises:
         ValueError: shapes that do not fit together. ExceptionGroup: no backend of `implementation` takes the arguments.
     """
-    check_rank("ssm_state", ssm_state, "b h p n")
+    stacked = "" if layer is None else "layers "
+    check_rank("ssm_state", ssm_state, f"{stacked}b h p n")
     check_rank("zxbcdt", zxbcdt, "b e")
     check_rank("conv_weight", conv_weight, "c w")
-    batch, heads, head_dim, _ = ssm_state.shape
+    *layers, batch, heads, head_dim, _ = ssm_state.shape
     channels, width = conv_weight.shape
     sizes = split_sizes(ssm_state, conv_weight)
     check_shape("zxbcdt", zxbcdt, "b 2*h*p+2*g*n+h", (batch, sizes.projected))
-    check_shape("conv_state", conv_state, "b w-1 c", (batch, width - 1, channels))
+    check_shape("conv_state", conv_state, f"{stacked}b w-1 c", (*layers, batch, width - 1, channels))
     check_shape("A", A, "h", (heads,))
     if conv_bias is not None:
         check_shape("conv_bias", conv_bias, "c", (channels,))
@@ -81,4 +85,5 @@ def mamba2_step(
         norm_weight=norm_weight,
         norm_eps=norm_eps,
         norm_before_gate=norm_before_gate,
+        layer=layer,
     )

@@ -69,6 +69,7 @@ def _two_launches(
     D=None,
     dt_bias=None,
     norm_weight=None,
+    layer=None,
     dt_limit=(0.0, float("inf")),
     norm_eps=1e-5,
     norm_before_gate=False,
@@ -78,7 +79,10 @@ def _two_launches(
     tile = step.choose_tile(batch, sizes.heads, sizes.head_dim, sizes.state)
     y = jax.ShapeDtypeStruct((batch, sizes.inner), zxbcdt.dtype)
 
+    if layer is not None:
+        layer = layer.astype(jnp.int32).reshape(1)
     inputs = {
+        "layer": layer,
         "zxbcdt": zxbcdt,
         "conv_state": conv_state,
         "conv_weight": conv_weight,
@@ -96,7 +100,7 @@ def _two_launches(
         grid={"part": sizes.head_dim // tile.rows, "head": sizes.heads, "batch": batch},
     )(*inputs.values(), ssm_state)
 
-    inputs = {"y": y, "zxbcdt": zxbcdt, "norm_weight": norm_weight}
+    inputs = {"layer": layer, "y": y, "zxbcdt": zxbcdt, "norm_weight": norm_weight}
     inputs = {name: a for name, a in inputs.items() if a is not None}
     conv_state = jax.new_ref(conv_state)
     y = step.launch(
@@ -113,15 +117,15 @@ def _scan(names, sizes: Sizes, tile: step.Tile, dt_limit, *refs):
     refs = dict(zip(names, inputs, strict=True))
     batch, head, rows = step.place(tile)
     group = lax.div(head, sizes.heads // sizes.groups)
-    state = state.at[batch, head, rows]
+    state = state.at[(*_layer(refs), batch, head, rows)]
     before = load(state, tile.layout, device_memory=True)  # asked for first: it takes longest
-    zxbcdt, dtype = refs["zxbcdt"], y.dtype
+    zxbcdt, conv_state, dtype = refs["zxbcdt"], refs["conv_state"], y.dtype
 
     def convolved(first, width, layout):
         """Channels of [x | B | C] from `first` on, rounded as if they went through memory."""
         channels = pl.ds(first, width)
         taps = refs["conv_weight"].shape[1]
-        window = [refs["conv_state"].at[batch, tap, channels] for tap in range(taps - 1)]
+        window = [conv_state.at[(*_layer(refs), batch, tap, channels)] for tap in range(taps - 1)]
         window.append(zxbcdt.at[batch, pl.ds(sizes.inner + first, width)])
         total = step.load32(refs["conv_bias"].at[channels], layout) if "conv_bias" in refs else None
         for tap, ref in enumerate(window):
@@ -182,11 +186,17 @@ def _norm(names, sizes: Sizes, eps, norm_before_gate, *refs):
         width = sizes.channels // sizes.groups // _movers(sizes)  # a share of the channels; which, is all the same
         layout = strided(width)
         first = (group * _movers(sizes) + part - 1) * width
-        window = [conv_state.at[batch, tap, pl.ds(first, width)] for tap in range(conv_state.shape[1])]
+        taps = conv_state.shape[-2]
+        window = [conv_state.at[(*_layer(refs), batch, tap, pl.ds(first, width))] for tap in range(taps)]
         later = [*window[1:], zxbcdt.at[batch, pl.ds(sizes.inner + first, width)]]
         later = [load(ref, layout, device_memory=True) for ref in later]
         for ref, value in zip(window, later, strict=True):
             ref[...] = value
+
+
+def _layer(refs) -> tuple:
+    """What stands before the other indices of a state."""
+    return (refs["layer"][0],) if "layer" in refs else ()
 
 
 def _movers(sizes: Sizes) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.mamba2_step.sizes import split_sizes
 
@@ -25,7 +26,11 @@ def by_parts(causal_conv1d_step: Callable, ssd_step: Callable, gated_rms_norm: C
         norm_weight=None,
         norm_eps=1e-5,
         norm_before_gate=False,
+        layer=None,
     ):
+        stacks = conv_state, ssm_state
+        if layer is not None:
+            conv_state, ssm_state = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in stacks)
         sizes = split_sizes(ssm_state, conv_weight)
         z, xBC, dt = sizes.split(zxbcdt)
         xBC, conv_state = causal_conv1d_step(conv_state, xBC, conv_weight, conv_bias, activation="silu")
@@ -39,6 +44,11 @@ def by_parts(causal_conv1d_step: Callable, ssd_step: Callable, gated_rms_norm: C
             group_size = sizes.inner // sizes.groups
             y = gated_rms_norm(
                 y, z, norm_weight, eps=norm_eps, group_size=group_size, norm_before_gate=norm_before_gate
+            )
+        if layer is not None:
+            conv_state, ssm_state = (
+                lax.dynamic_update_index_in_dim(stack, a, layer, axis=0)
+                for stack, a in zip(stacks, (conv_state, ssm_state), strict=True)
             )
         return y, conv_state, ssm_state
 

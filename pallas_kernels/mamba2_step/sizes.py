@@ -39,8 +39,8 @@ class Sizes(NamedTuple):
 
 
 def split_sizes(ssm_state, conv_weight) -> Sizes:
-    """The sizes that a state [b h p n] and convolution weights [c w] belong to. ValueError where there are none."""
-    _, heads, head_dim, state = ssm_state.shape
+    """The sizes that a state [.. b h p n] and convolution weights [c w] belong to. ValueError where there are none."""
+    heads, head_dim, state = ssm_state.shape[-3:]
     channels = conv_weight.shape[0]
     groups, rest = divmod(channels - heads * head_dim, 2 * state)
     if rest or groups < 1 or heads % groups:

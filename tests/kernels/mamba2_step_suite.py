@@ -149,13 +149,31 @@ class Mamba2StepSuite:
         )
         assert_close(actual, named((y, conv_state, ssm_state), *OUTPUTS), self.bounds["float32"])
 
+    def test_one_layer_of_a_stack(self):
+        arrays = self.arrays()
+        rng = np.random.default_rng(2)
+        states = ("conv_state", "ssm_state")
+        stacks = {name: rng.normal(size=(3, *arrays[name].shape)).astype(np.float32) for name in states}
+        for layer in range(3):
+            actual = self.step(**arrays | stacks, layer=np.asarray(layer, np.int32))
+            alone = self.step(**arrays | {name: stacks[name][layer] for name in states})
+            np.testing.assert_array_equal(actual[0], alone[0])
+            for name, stack, a in zip(states, actual[1:], alone[1:], strict=True):
+                np.testing.assert_array_equal(stack[layer], a)
+                others = np.arange(3) != layer
+                np.testing.assert_array_equal(np.asarray(stack)[others], stacks[name][others])
+
     def test_bit_identical_on_repetition(self):
         arrays = self.arrays(dtype="bfloat16")
         for a, b in zip(self.step(**arrays), self.step(**arrays), strict=True):
             np.testing.assert_array_equal(a, b)
 
-    def test_donated_states_are_overwritten(self):
+    @pytest.mark.parametrize("stacked", [False, True])
+    def test_donated_states_are_overwritten(self, stacked):
         arrays = {name: jnp.asarray(a) for name, a in self.arrays().items()}
+        if stacked:
+            arrays |= {name: jnp.stack([arrays[name]] * 3) for name in ("conv_state", "ssm_state")}
+            arrays["layer"] = jnp.asarray(1, jnp.int32)
         assert_overwritten(self.step, arrays, "conv_state", "ssm_state")
         if self.copies_nothing:
             assert_nothing_is_copied(self.step, arrays, "conv_state", "ssm_state")

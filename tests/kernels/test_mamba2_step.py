@@ -51,3 +51,15 @@ def test_xla_is_its_parts_to_the_bit(dtype):
 def test_wrong_shapes(name, shape, message, unchecked):
     with pytest.raises(ValueError, match=message):
         unchecked(pk.mamba2_step)(**problem() | {name: np.zeros(shape, np.float32)})
+
+
+def test_wrong_stacks(unchecked):
+    arrays = problem()
+    stack = {name: np.stack([arrays[name]] * 3) for name in ("conv_state", "ssm_state")}
+    with pytest.raises(ValueError, match=r"ssm_state: got shape \(3, 2, 4, 8, 8\), expected \[b h p n\]"):
+        unchecked(pk.mamba2_step)(**arrays | stack)
+    layer = np.asarray(0, np.int32)
+    with pytest.raises(ValueError, match=r"ssm_state: got shape \(2, 4, 8, 8\), expected \[layers b h p n\]"):
+        unchecked(pk.mamba2_step)(**arrays, layer=layer)
+    with pytest.raises(ValueError, match=r"conv_state: got shape .* expected \[layers b w-1 c\] = \(3, 2, 3, 64\)"):
+        unchecked(pk.mamba2_step)(**arrays | stack | {"conv_state": stack["conv_state"][:2]}, layer=layer)

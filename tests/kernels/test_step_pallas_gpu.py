@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import pallas_kernels as pk
@@ -142,6 +143,16 @@ MIXERS = {
     "wide": mixer_arrays(p=128, n=256, dtype="float32"),
     "little": without(mixer_arrays(n=64), "conv_bias", "D", "dt_bias", "norm_weight"),
 }
+
+
+def stacked(arrays, layers=3):
+    """The same with the states of several layers."""
+    states = {name: arrays[name] for name in ("conv_state", "ssm_state")}
+    stacks = {name: np.broadcast_to(a, (layers, *a.shape)) for name, a in states.items()}
+    return arrays | stacks | {"layer": np.asarray(1, np.int32)}
+
+
+MIXERS["stacked"] = stacked(mixer_arrays())
 
 
 @pytest.mark.parametrize("name", MIXERS)

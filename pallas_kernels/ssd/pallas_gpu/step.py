@@ -21,8 +21,8 @@ FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def why_not(state, x, *others) -> str | None:
-    """Why a state [b h p n], x [b h p] and other arrays are not for this kernel."""
-    head_dim, n = state.shape[2:]
+    """Why a state [.. b h p n], x [b h p] and other arrays are not for this kernel."""
+    head_dim, n = state.shape[-2:]
     if state.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the state is {state.dtype}; the kernel keeps it in float32 or bfloat16"
     for a in (x, *others):
