@@ -43,7 +43,7 @@ STEP_COLUMNS = ("op", "shape", "state", "ours", "xla", "peer", "floor", "% of fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--op", default="ssd", choices=["ssd", "ssd_step", "mamba2_step"])
+    parser.add_argument("--op", nargs="*", default=["ssd"], choices=["ssd", "ssd_step", "mamba2_step"])
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="batch x tokens: 8x2048")
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="of the steps")
     parser.add_argument("--state", default="float32", help="dtype of the state of the steps: float32 or bfloat16")
@@ -56,17 +56,17 @@ def main() -> None:
     copy = copy_bandwidth()
     rows = []
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, copies at {copy / 1e12:.2f} TB/s. Milliseconds:")
-    if args.op == "ssd":
+    if "ssd" in args.op:
         print_row(COLUMNS)
         for shape in args.shapes:
             b, l = map(int, shape.split("x"))  # noqa: E741, the axis letter
             rows.append(ssd_row(SSDSpec(b=b, l=l, dtype=args.dtype), args.implementation, args.without, copy))
             print_row([rows[-1][name] for name in COLUMNS])
-    else:
+    for op in (op for op in args.op if op != "ssd"):
         print_row(STEP_COLUMNS)
         for batch in args.batches:
             spec = SSDSpec(b=batch, l=1, dtype=args.dtype)
-            rows.append(step_row(args.op, spec, args.state, args.implementation, args.without, copy))
+            rows.append(step_row(op, spec, args.state, args.implementation, args.without, copy))
             print_row([rows[-1][name] for name in STEP_COLUMNS])
     result = {
         "benchmark": "kernels",
@@ -336,7 +336,7 @@ def peer_step_milliseconds(arrays: dict[str, jax.Array], copies: int) -> float |
 
 def print_row(values) -> None:
     cells = ["-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
-    widths = (4, 22, 9, 7, 7, 7, 7, 11, 8, 10, 8)
+    widths = (11, 22, 9, 7, 7, 7, 7, 11, 8, 10, 8)
     print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)), flush=True)
 
 
