@@ -1,6 +1,7 @@
 """The Mosaic GPU backend of `ssd_step` and `mamba2_step`: for real with `-m gpu`; on a CPU that the kernels lower."""
 
 import functools
+import types
 
 import jax
 import jax.export
@@ -36,13 +37,6 @@ class TestMamba2Step(Mamba2StepSuite):
     def test_many_blocks(self):
         for h, g in ((80, 1), (24, 3)):
             self.check(self.arrays(b=8, h=h, p=64, n=128, g=g, dtype="bfloat16"), dtype="bfloat16")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("op", ["ssd_step", "mamba2_step"])
-def test_chosen_on_this_device(op):
-    arrays = STEP if op == "ssd_step" else MIXER
-    assert pk.explain(op, **abstract(arrays)).chosen == "pallas_gpu"
 
 
 # Who is refused, and why.
@@ -96,6 +90,56 @@ def test_refuses(op, arrays, reason):
     explanation = pk.explain(op, **arrays, implementation=("pallas_gpu", "xla"))
     assert explanation.chosen == "xla"
     assert explanation.reasons["pallas_gpu"].startswith(reason)
+
+
+# Who is chosen where both run.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op, arrays", [("ssd_step", STEP), ("mamba2_step", MIXER)])
+def test_chosen_without_being_named(op, arrays):
+    assert "@mosaic_gpu" in jax.jit(getattr(pk, op)).lower(**abstract(arrays)).as_text()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some GPU")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+def of_batch(arrays, batch):
+    """2.7B layers."""
+    return {
+        name: jax.ShapeDtypeStruct((*a.shape[:-k], batch, *a.shape[1 - k :]), a.dtype)
+        if (k := BATCH_AXIS.get(name))
+        else a
+        for name, a in abstract(arrays).items()
+    }
+
+
+BATCH_AXIS = {"state": 4, "x": 3, "dt": 2, "B": 3, "C": 3, "z": 3, "conv_state": 3, "ssm_state": 4, "zxbcdt": 2}
+
+
+@pytest.mark.parametrize(
+    "op, batch, chosen, reason",
+    [
+        ("ssd_step", 1, "pallas_gpu", None),
+        ("ssd_step", 8, "pallas_gpu", None),
+        ("ssd_step", 64, "xla", "XLA is faster for states of more than 64 MiB"),
+        ("mamba2_step", 64, "pallas_gpu", None),
+        ("mamba2_step", 256, "xla", "XLA is faster for states of more than 256 MiB"),
+        ("stacked", 256, "pallas_gpu", None),
+    ],
+)
+def test_the_faster_one_is_chosen(hopper, op, batch, chosen, reason):
+    step, mixer = step_arrays(b=1, h=80, g=1), mixer_arrays(b=1, h=80, g=1)
+    arrays = {"ssd_step": step, "mamba2_step": mixer, "stacked": stacked(mixer)}[op]
+    op = op.replace("stacked", "mamba2_step")
+    explanation = pk.explain(op, **of_batch(arrays, batch))
+    assert explanation.chosen == chosen and explanation.reasons.get("pallas_gpu") == reason
+    named = pk.explain(op, **of_batch(arrays, batch), implementation="pallas_gpu")
+    assert named.chosen == "pallas_gpu"  # a name is an order
 
 
 # The plan, and lowering on a machine without a GPU.
