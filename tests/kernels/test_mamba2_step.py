@@ -5,31 +5,62 @@ import numpy as np
 import pytest
 
 import pallas_kernels as pk
-from tests.kernels.compare import jitted
+from tests.kernels.compare import BOUNDS, assert_close, jitted, named
 from tests.kernels.mamba2_step_suite import Mamba2StepSuite, problem
+from tests.kernels.ssd_suite import without
 
 
 class TestXLA(Mamba2StepSuite):
     implementation = "xla"
 
 
-def parts(conv_state, ssm_state, zxbcdt, conv_weight, A, *, conv_bias, D, dt_bias, norm_weight):
+def parts(
+    conv_state,
+    ssm_state,
+    zxbcdt,
+    conv_weight,
+    A,
+    *,
+    conv_bias,
+    D,
+    dt_bias,
+    norm_weight=None,
+    norm_eps=1e-5,
+    norm_before_gate=False,
+    **dt_limit,
+):
     """The three public functions one after the other, for the default sizes of `problem`."""
     b, h, p, n, g = 2, 4, 8, 8, 2
     z, xBC, dt = jnp.split(zxbcdt, [h * p, 2 * h * p + 2 * g * n], axis=-1)
     xBC, conv_state = pk.causal_conv1d_step(conv_state, xBC, conv_weight, conv_bias, activation="silu")
     x, B, C = jnp.split(xBC, [h * p, h * p + g * n], axis=-1)
     x, B, C = x.reshape(b, h, p), B.reshape(b, g, n), C.reshape(b, g, n)
-    y, ssm_state = pk.ssd_step(ssm_state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
-    y = pk.gated_rms_norm(y.reshape(z.shape), z, norm_weight, eps=1e-5, group_size=h * p // g)
+    gate = {"z": z.reshape(x.shape)} if norm_weight is None else {}
+    y, ssm_state = pk.ssd_step(ssm_state, x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True, **dt_limit, **gate)
+    y = y.reshape(z.shape)
+    if norm_weight is not None:
+        options = {"eps": norm_eps, "group_size": h * p // g, "norm_before_gate": norm_before_gate}
+        y = pk.gated_rms_norm(y, z, norm_weight, **options)
     return y, conv_state, ssm_state
 
 
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_xla_is_its_parts_to_the_bit(dtype):
+@pytest.mark.parametrize("options", [{}, {"norm_before_gate": True}, {"norm_eps": 3.0}, {"dt_limit": (0.05, 0.2)}])
+def test_same_as_its_parts(dtype, options, implementation):
     arrays = problem(dtype=dtype)
-    for a, b in zip(jitted(pk.mamba2_step, **arrays), jitted(parts, **arrays), strict=True):
-        np.testing.assert_array_equal(a, b)
+    whole = jitted(pk.mamba2_step, **arrays, **options, implementation=implementation)
+    for a, b in zip(whole, jitted(parts, **arrays, **options), strict=True):
+        if implementation == "xla":
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert_close(named(a, "a"), named(b, "a"), BOUNDS[dtype])
+
+
+def test_without_norm_there_is_only_the_gate():
+    arrays = without(problem(), "norm_weight")
+    actual, expected = jitted(pk.mamba2_step, **arrays), jitted(parts, **arrays)
+    assert_close(named(actual, *"abc"), named(expected, *"abc"), BOUNDS["float32"])
 
 
 @pytest.mark.parametrize(
