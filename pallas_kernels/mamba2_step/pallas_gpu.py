@@ -1,8 +1,8 @@
 """A Mamba-2 mixer's step on Hopper in two launches (Pallas, Mosaic GPU).
 
 The first does everything up to y: a thread block convolves the channels it needs, those of its rows of x and the B and
-C of its group, and updates its rows of the state of one head. B and C are convolved again in every block, which costs
-a ninth of the bytes of the block's state and saves a launch.
+C of its group, and updates its rows of the state of one head. B and C are convolved again in every block, which takes
+a fifth of the bytes of its state, from the cache, and saves a launch.
 
 The second gates and normalises y, one block for each group of a row, while other blocks move the convolution state on
 by one token; the first launch still read the old one. Both states change in place.
