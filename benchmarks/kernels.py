@@ -9,6 +9,12 @@ One row for each shape of `ssd`, forward:
   same inputs, so small shapes are read from the cache and may pass it;
 * error: of ours, ||y - truth|| / ||truth|| over the first and the last head against the token recurrence in float64.
 
+With --op ssd_step or mamba2_step one row for each batch of a 2.7B layer, one token of decoding, states in place:
+
+* ours, xla, peer (`selective_state_update`, for ssd_step only), floor: as above, and the caches do not count: each call
+  takes the next of several states, 84 MB or more together;
+* loop: the same by the clock, of a compiled loop over tokens that owns its states, gaps between kernels and all.
+
 Prints a table and writes it, with versions and device, to --out as JSON.
 """
 
@@ -30,12 +36,17 @@ from pallas_kernels.specs import SSDSpec
 
 SHAPES = ("1x729", "8x729", "1x2048", "8x2048", "1x8192", "4x4096", "1x32768", "1x131072")
 LONGEST_CHECKED = 8192  # tokens; the recurrence takes one step at a time
+BATCHES = (1, 8, 64, 256)
 COLUMNS = ("op", "shape", "dtype", "ours", "xla", "peer", "floor", "% of floor", "error")
+STEP_COLUMNS = ("op", "shape", "state", "ours", "xla", "peer", "floor", "% of floor", "error", "loop ours", "loop xla")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--op", nargs="*", default=["ssd"], choices=["ssd", "ssd_step", "mamba2_step"])
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="batch x tokens: 8x2048")
+    parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="of the steps")
+    parser.add_argument("--state", default="float32", help="dtype of the state of the steps: float32 or bfloat16")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--implementation", default="pallas_gpu", help="ours (default pallas_gpu)")
     parser.add_argument("--without", nargs="*", default=[], choices=["xla", "peer", "error"])
@@ -45,11 +56,18 @@ def main() -> None:
     copy = copy_bandwidth()
     rows = []
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, copies at {copy / 1e12:.2f} TB/s. Milliseconds:")
-    print_row(COLUMNS)
-    for shape in args.shapes:
-        b, l = map(int, shape.split("x"))  # noqa: E741, the axis letter
-        rows.append(ssd_row(SSDSpec(b=b, l=l, dtype=args.dtype), args.implementation, args.without, copy))
-        print_row([rows[-1][name] for name in COLUMNS])
+    if "ssd" in args.op:
+        print_row(COLUMNS)
+        for shape in args.shapes:
+            b, l = map(int, shape.split("x"))  # noqa: E741, the axis letter
+            rows.append(ssd_row(SSDSpec(b=b, l=l, dtype=args.dtype), args.implementation, args.without, copy))
+            print_row([rows[-1][name] for name in COLUMNS])
+    for op in (op for op in args.op if op != "ssd"):
+        print_row(STEP_COLUMNS)
+        for batch in args.batches:
+            spec = SSDSpec(b=batch, l=1, dtype=args.dtype)
+            rows.append(step_row(op, spec, args.state, args.implementation, args.without, copy))
+            print_row([rows[-1][name] for name in STEP_COLUMNS])
     result = {
         "benchmark": "kernels",
         "date": date.today().isoformat(),
@@ -155,6 +173,13 @@ def peer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
     def call():
         return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, dt_softplus=True, **tensors)
 
+    return graph_milliseconds(call)
+
+
+def graph_milliseconds(call, calls: int = 10) -> float:
+    """Median time of `call` in PyTorch, by replay of a CUDA graph of several."""
+    import torch
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
@@ -163,7 +188,7 @@ def peer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.no_grad():
-        for _ in range(10):
+        for _ in range(calls):
             call()
     times = []
     for _ in range(15):
@@ -172,18 +197,147 @@ def peer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 10)
+        times.append(start.elapsed_time(end) / calls)
     del graph
     torch.cuda.empty_cache()
     return sorted(times)[7]
 
 
+# One token.
+
+STATES_TOGETHER = 168e6  # bytes, several times the cache
+
+
+def step_row(op: str, spec: SSDSpec, state: str, implementation: str, without: list[str], copy: float) -> dict:
+    arrays = step_inputs(spec, state) if op == "ssd_step" else mixer_inputs(spec, state)
+    size = arrays["state" if op == "ssd_step" else "ssm_state"].nbytes
+    copies = max(2, min(32, math.ceil(STATES_TOGETHER / size)))
+    ours = functools.partial(getattr(pk, op), implementation=implementation)
+    xla = functools.partial(getattr(pk, op), implementation="xla")
+    if op == "ssd_step":
+        ours, xla = (functools.partial(function, dt_softplus=True) for function in (ours, xla))
+    moved = sum(a.nbytes for a in arrays.values()) + sum(arrays[name].nbytes for name in STATES[op])
+    moved += spec.b * spec.h * spec.p * jnp.dtype(spec.dtype).itemsize  # y
+    floor = 1e3 * moved / copy
+    milliseconds_ours, loop_ours = step_milliseconds(ours, arrays, STATES[op], copies)
+    milliseconds_xla, loop_xla = (
+        (None, None) if "xla" in without else step_milliseconds(xla, arrays, STATES[op], copies)
+    )
+    peer = op == "ssd_step" and "peer" not in without
+    return {
+        "op": op,
+        "shape": f"{spec.b}x{spec.h}x{spec.p} n{spec.n} g{spec.g}",
+        "dtype": spec.dtype,
+        "state": state,
+        "ours": milliseconds_ours,
+        "xla": milliseconds_xla,
+        "peer": peer_step_milliseconds(arrays, copies) if peer else None,
+        "floor": floor,
+        "% of floor": round(100 * floor / milliseconds_ours),
+        "error": None if "error" in without else step_error(op, ours, arrays),
+        "loop ours": loop_ours,
+        "loop xla": loop_xla,
+    }
+
+
+STATES = {"ssd_step": ("state",), "mamba2_step": ("conv_state", "ssm_state")}
+
+
+def step_inputs(spec: SSDSpec, state: str) -> dict[str, jax.Array]:
+    arrays = {name: a[:, 0] if a.ndim > 2 else a for name, a in ssd_inputs(spec).items()}
+    shape = (spec.b, spec.h, spec.p, spec.n)
+    return arrays | {"state": jax.random.normal(jax.random.key(1), shape, jnp.dtype(state))}
+
+
+def mixer_inputs(spec: SSDSpec, state: str, width: int = 4) -> dict[str, jax.Array]:
+    step = step_inputs(spec, state)
+    inner, channels = spec.h * spec.p, spec.h * spec.p + 2 * spec.g * spec.n
+    normal = jax.random.normal
+    keys = jax.random.split(jax.random.key(2), 4)
+    return {
+        "conv_state": normal(keys[0], (spec.b, width - 1, channels), spec.dtype),
+        "ssm_state": step["state"],
+        "zxbcdt": normal(keys[1], (spec.b, inner + channels + spec.h), spec.dtype),
+        "conv_weight": 0.3 * normal(keys[2], (channels, width)),
+        "conv_bias": 0.3 * normal(keys[3], (channels,)),
+        "norm_weight": jnp.ones(inner),
+    } | {name: step[name] for name in ("A", "D", "dt_bias")}
+
+
+def step_milliseconds(function, arrays: dict, states: tuple[str, ...], copies: int) -> tuple[float, float]:
+    """(by the sum of the GPU kernels, by the clock in a loop) for one call, over `copies` sets of states."""
+    function = jax.jit(function)  # traced once for all copies
+    rest = {name: a for name, a in arrays.items() if name not in states}
+
+    def fresh():
+        return [tuple(arrays[name] + 0 for name in states) for _ in range(copies)]
+
+    def token(sets):
+        outputs = [function(**dict(zip(states, one, strict=True)), **rest) for one in sets]
+        return [y for y, *_ in outputs], [tuple(new) for _, *new in outputs]
+
+    by_kernels = milliseconds(token, {"sets": fresh()}) / copies
+    tokens = math.ceil(200 / copies)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(sets):
+        y, _ = jax.eval_shape(token, sets)
+        start = ([jnp.zeros(a.shape, a.dtype) for a in y], sets)
+        return jax.lax.fori_loop(0, tokens, lambda i, carry: token(carry[1]), start)
+
+    sets, times = fresh(), []
+    for _ in range(6):
+        jax.block_until_ready(sets)
+        started = time.perf_counter()
+        _, sets = jax.block_until_ready(decode(sets))
+        times.append(1e3 * (time.perf_counter() - started) / (tokens * copies))
+    return by_kernels, sorted(times)[len(times) // 2]
+
+
+def step_error(op: str, function, arrays: dict[str, jax.Array]) -> float:
+    """Of y, over the first row of the batch, against the definition in float64."""
+    batched = {"state", "conv_state", "ssm_state", "zxbcdt", "x", "dt", "B", "C"}
+    first = {name: a[:1] if name in batched else a for name, a in arrays.items()}
+    actual = np.asarray(jax.jit(function)(**arrays)[0], np.float64)[:1]
+    with jax.enable_x64(True):
+        options = {"dt_softplus": True} if op == "ssd_step" else {}
+        reference = functools.partial(getattr(pk, op), implementation="reference", **options)
+        truth = np.asarray(
+            jax.jit(reference)(**{n: jnp.asarray(np.asarray(a, np.float64)) for n, a in first.items()})[0]
+        )
+    return float(np.linalg.norm(actual - truth) / np.linalg.norm(truth))
+
+
+def peer_step_milliseconds(arrays: dict[str, jax.Array], copies: int) -> float | None:
+    """The peer on `copies` states in turn, by replay of a CUDA graph, for one of them."""
+    try:
+        import torch
+        from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+    except ImportError:
+        return None
+    tensors = {
+        name: torch.tensor(np.asarray(a, np.float32), device="cuda", dtype=getattr(torch, str(a.dtype)))
+        for name, a in arrays.items()
+    }
+    head_dim, state_size = arrays["state"].shape[2:]
+    states = [tensors["state"].clone() for _ in range(copies)]
+    dt = tensors["dt"][..., None].expand(-1, -1, head_dim)  # strides of 0 select the peer's path for Mamba-2
+    A = tensors["A"][:, None, None].expand(-1, head_dim, state_size)
+    bias, D = (tensors[name][:, None].expand(-1, head_dim) for name in ("dt_bias", "D"))
+
+    def call():
+        for state in states:
+            selective_state_update(
+                state, tensors["x"], dt, A, tensors["B"], tensors["C"], D, dt_bias=bias, dt_softplus=True
+            )
+
+    return graph_milliseconds(call, calls=max(1, 16 // copies)) / copies
+
+
 def print_row(values) -> None:
     cells = ["-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
-    print(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, (4, 22, 9, 7, 7, 7, 7, 11, 8), strict=True)),
-        flush=True,
-    )
+    widths = (11, 22, 9, 7, 7, 7, 7, 11, 8, 10, 8)
+    print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)), flush=True)
 
 
 if __name__ == "__main__":

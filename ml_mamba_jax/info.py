@@ -63,6 +63,7 @@ def calls() -> list[tuple[str, str, dict]]:
     train, image = SSD_SPECS["train"], SSD_SPECS["image"]
     found += [
         ("ssd_step", f"decode b={train.b}", _step_arguments(train)),
+        ("mamba2_step", f"decode b={train.b}", _mixer_arguments(train)),
         ("causal_conv1d", f"train {_shape(train)}", _conv_arguments(train)),
         ("gated_rms_norm", f"train {_shape(train)}", _norm_arguments(train)),
         ("visual_scan", f"image {_shape(image)}", _visual_arguments(image)),
@@ -76,6 +77,18 @@ def _step_arguments(spec: SSDSpec) -> dict:
         for name, a in spec.shapes().items()
     }
     return {"state": jax.ShapeDtypeStruct((spec.b, spec.h, spec.p, spec.n), jnp.float32), **one_token}
+
+
+def _mixer_arguments(spec: SSDSpec) -> dict:
+    inner, channels, f32 = spec.h * spec.p, spec.h * spec.p + 2 * spec.g * spec.n, jnp.float32
+    return {
+        "conv_state": jax.ShapeDtypeStruct((spec.b, CONV_WIDTH - 1, channels), spec.dtype),
+        "ssm_state": jax.ShapeDtypeStruct((spec.b, spec.h, spec.p, spec.n), f32),
+        "zxbcdt": jax.ShapeDtypeStruct((spec.b, inner + channels + spec.h), spec.dtype),
+        "conv_weight": jax.ShapeDtypeStruct((channels, CONV_WIDTH), f32),
+        "A": jax.ShapeDtypeStruct((spec.h,), f32),
+        "norm_weight": jax.ShapeDtypeStruct((inner,), f32),
+    }
 
 
 def _conv_arguments(spec: SSDSpec) -> dict:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 import pallas_kernels as pk
 from ml_mamba_jax.config import Mamba2Config, MixerConfig
@@ -70,7 +70,7 @@ def split_channels(xBC: Float[Array, "*b c"], config: MixerConfig) -> tuple[Arra
 
 
 class Mamba2Mixer(nn.Module):
-    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj. One token with a state takes the step ops."""
+    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj. One token with a state takes `mamba2_step`."""
 
     config: MixerConfig
     n_layers: int
@@ -78,45 +78,60 @@ class Mamba2Mixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, u: Hidden, state: MambaState | None = None, segment_ids: SegmentIds | None = None
+        self,
+        u: Hidden,
+        state: MambaState | None = None,
+        segment_ids: SegmentIds | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> tuple[Hidden, MambaState | None]:
+        """`state` is that of all layers, this one's number is `layer`: so a loop over layers changes it in place."""
         config = self.config
         scan = declare_scan_parameters(self, config)
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (config.d_inner,))
-        z, xBC, dt = split_projection(in_projection(config, self.dtype)(u), config)
+        zxbcdt = in_projection(config, self.dtype)(u)
         A = -jnp.exp(scan.A_log.astype(jnp.float32))
-        shared = {"D": scan.D, "dt_bias": scan.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit}
+        shared = {"D": scan.D, "dt_bias": scan.dt_bias, "dt_limit": config.dt_limit}
 
         if state is not None and u.shape[1] == 1 and segment_ids is None:
-            xBC, conv = pk.causal_conv1d_step(
-                state.conv, xBC[:, 0], scan.conv_weight, scan.conv_bias, activation="silu"
-            )
-            x, B, C = split_channels(xBC, config)
-            y, ssm = pk.ssd_step(state.ssm, x, dt[:, 0], A, B, C, **shared)
-            y = y[:, None]
-        else:
-            xBC, conv = pk.causal_conv1d(
-                xBC,
+            y, *state = pk.mamba2_step(
+                *state,
+                zxbcdt[:, 0],
                 scan.conv_weight,
-                scan.conv_bias,
-                activation="silu",
-                initial_state=None if state is None else state.conv,
-                segment_ids=segment_ids,
-                return_final_state=True,
-            )
-            x, B, C = split_channels(xBC, config)
-            y, ssm = pk.ssd(
-                x,
-                dt,
                 A,
-                B,
-                C,
-                initial_state=None if state is None else state.ssm,
-                segment_ids=segment_ids,
-                return_final_state=True,
-                chunk_size=config.chunk_size,
+                conv_bias=scan.conv_bias,
+                norm_weight=norm_weight,
+                norm_eps=config.norm_eps,
+                norm_before_gate=config.norm_before_gate,
+                layer=layer,
                 **shared,
             )
+            return out_projection(config, self.dtype, self.n_layers)(y[:, None]), MambaState(*state)
+
+        before = MambaState(None, None) if state is None else jax.tree.map(lambda a: a[layer], state)
+        z, xBC, dt = split_projection(zxbcdt, config)
+        xBC, conv = pk.causal_conv1d(
+            xBC,
+            scan.conv_weight,
+            scan.conv_bias,
+            activation="silu",
+            initial_state=before.conv,
+            segment_ids=segment_ids,
+            return_final_state=True,
+        )
+        x, B, C = split_channels(xBC, config)
+        y, ssm = pk.ssd(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            dt_softplus=True,
+            initial_state=before.ssm,
+            segment_ids=segment_ids,
+            return_final_state=True,
+            chunk_size=config.chunk_size,
+            **shared,
+        )
         y = pk.gated_rms_norm(
             y.reshape(z.shape),
             z,
@@ -125,24 +140,26 @@ class Mamba2Mixer(nn.Module):
             group_size=config.d_inner // config.n_groups,
             norm_before_gate=config.norm_before_gate,
         )
-        y = out_projection(config, self.dtype, self.n_layers)(y)
-        return y, None if state is None else MambaState(conv, ssm)
+        if state is not None:
+            state = jax.tree.map(lambda stack, a: stack.at[layer].set(a), state, MambaState(conv, ssm))
+        return out_projection(config, self.dtype, self.n_layers)(y), state
 
 
 class Mamba2Block(nn.Module):
-    """residual + mixer(rms_norm(residual)). Also carries the residual through `nn.scan` over the layers."""
+    """residual + mixer(rms_norm(residual)). `nn.scan` over the layers carries the residual and the state of them all."""
 
     config: Mamba2Config
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(
-        self, residual: Hidden, state: MambaState | None, segment_ids: SegmentIds | None
-    ) -> tuple[Hidden, MambaState | None]:
+        self, carry: tuple[Hidden, MambaState | None], layer: Int[Array, ""], segment_ids: SegmentIds | None
+    ) -> tuple[tuple[Hidden, MambaState | None], None]:
+        residual, state = carry
         u = rms_norm(self.config.norm_eps, name="norm", dtype=self.dtype)(residual)
         mixer = Mamba2Mixer(self.config.mixer, self.config.n_layers, self.dtype, name="mixer")
-        y, state = mixer(u, state, segment_ids)
-        return residual + y.astype(residual.dtype), state
+        y, state = mixer(u, state, segment_ids, layer)
+        return (residual + y.astype(residual.dtype), state), None
 
 
 class Mamba2(nn.Module):
@@ -173,7 +190,8 @@ class Mamba2(nn.Module):
     ) -> tuple[Hidden, MambaState | None]:
         """Embeddings -> normalised hidden states, and the next state where one was given."""
         residual = x.astype(jnp.float32) if self.config.residual_in_float32 else x
-        residual, state = self.blocks(residual, state, segment_ids)
+        layers = jnp.arange(self.config.n_layers)
+        (residual, state), _ = self.blocks((residual, state), layers, segment_ids)
         return self.norm(residual), state
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:

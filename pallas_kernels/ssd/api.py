@@ -8,7 +8,7 @@ from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_divides, check_rank, check_shape
 
 SSD = Op("ssd", "pallas_kernels.ssd", ("reference", "xla", "pallas_gpu"))
-SSD_STEP = Op("ssd_step", "pallas_kernels.ssd", ("reference", "xla"))
+SSD_STEP = Op("ssd_step", "pallas_kernels.ssd", ("reference", "xla", "pallas_gpu"))
 
 
 def ssd(
@@ -93,7 +93,11 @@ def ssd_step(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
-    """One token of `ssd`: returns (y, next state). The state keeps its dtype; the arithmetic is float32."""
+    """One token of `ssd`: returns (y, next state).
+
+    The state keeps its dtype, float32 or less; the arithmetic is float32, and y sees the next state before it is
+    rounded. Under `jax.jit(..., donate_argnums=...)`, or as the carry of a loop, the state is updated in place.
+    """
     _check("b", x, dt, A, B, C, D, z, dt_bias, {"state": state})
     return SSD_STEP(
         implementation,

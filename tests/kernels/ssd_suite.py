@@ -1,4 +1,4 @@
-"""Every case a backend of `ssd` and `ssd_step` has to pass. A backend inherits the suite and names itself:
+"""Every case a backend of `ssd` has to pass. A backend inherits the suite and names itself:
 
     class TestXLA(SSDSuite):
         implementation = "xla"
@@ -47,21 +47,12 @@ def without(arrays: Arrays, *names: str) -> Arrays:
     return {name: a for name, a in arrays.items() if name not in names}
 
 
-def one_token(arrays: Arrays) -> Arrays:
-    """The arguments of `ssd_step` from those of an `ssd` over one token."""
-    renamed = {"state" if name == "initial_state" else name: a for name, a in arrays.items()}
-    return {name: a[:, 0] if name in ("x", "dt", "B", "C", "z") else a for name, a in renamed.items()}
-
-
 class SSDSuite:
     implementation: str
     bounds = BOUNDS
 
     def ssd(self, **options):
         return jitted(pk.ssd, implementation=self.implementation, **options)
-
-    def step(self, **options):
-        return jitted(pk.ssd_step, implementation=self.implementation, **options)
 
     def check(self, arrays: Arrays, *, dtype="float32", bound=None, **options):
         """Output, final state and all gradients against the recurrence in float64."""
@@ -267,45 +258,3 @@ class SSDSuite:
             expected_y[:, tokens], expected_state = outputs
         expected = named((expected_y, expected_state), "y", "state")
         assert_close(named((y, state), "y", "state"), expected, self.bounds["float32"])
-
-    # One token.
-
-    def test_steps_equal_the_scan(self):
-        arrays = problem(l=33, D="h p")
-        options = {"dt_softplus": True, "dt_limit": (0.01, 0.3)}
-        shared = options | {name: arrays[name] for name in ("A", "D", "dt_bias")}
-
-        def token(state, inputs):
-            x, dt, B, C, z = inputs
-            y, state = self.step(state=state, x=x, dt=dt, B=B, C=C, z=z, **shared)
-            return state, y
-
-        by_token = tuple(jnp.moveaxis(jnp.asarray(arrays[name]), 1, 0) for name in ("x", "dt", "B", "C", "z"))
-        state, y = jax.lax.scan(token, jnp.asarray(arrays["initial_state"]), by_token)
-        expected = self.ssd(**arrays, **options, return_final_state=True)
-        actual = (np.moveaxis(np.asarray(y), 0, 1), state)
-        assert_close(named(actual, "y", "state"), named(expected, "y", "state"), self.bounds["float32"])
-
-    # state-spaces/mamba, tests/ops/triton/test_selective_state_update.py: batch 2, with and without z, heads of 64.
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-    @pytest.mark.parametrize("width, state_size, groups", [(2048, 16, 1), (2048, 32, 2), (4096, 64, 4), (2112, 64, 1)])
-    @pytest.mark.parametrize("gated", [False, True])
-    def test_step_shapes(self, width, state_size, groups, dtype, gated):
-        arrays = problem(l=1, h=width // 64, p=64, n=state_size, g=groups, dtype=dtype)
-        arrays = one_token(arrays if gated else without(arrays, "z"))
-        actual = self.step(**arrays, dt_softplus=True)
-        expected = exactly(pk.ssd_step, **arrays, dt_softplus=True)
-        assert actual[0].dtype == dtype and actual[1].dtype == jnp.float32
-        assert_close(named(actual, "y", "state"), named(expected, "y", "state"), self.bounds[dtype])
-
-    def test_step_keeps_the_dtype_of_the_state(self):
-        arrays = one_token(problem(l=1))
-        _, state = self.step(**arrays | {"state": jnp.asarray(arrays["state"], jnp.bfloat16)})
-        assert state.dtype == jnp.bfloat16
-
-    def test_step_gradient(self):
-        arrays = one_token(problem(l=1, D="h p"))
-        actual = outputs_and_gradients(functools.partial(self.step, dt_softplus=True, dt_limit=(0.05, 0.2)), arrays)
-        truth = functools.partial(pk.ssd_step, implementation="reference", dt_softplus=True, dt_limit=(0.05, 0.2))
-        for a, e in zip(actual, outputs_and_gradients(truth, arrays, "float64"), strict=True):
-            assert_close(a, e, self.bounds["float32"])

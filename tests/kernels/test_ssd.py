@@ -9,10 +9,15 @@ from jax.extend.core.primitives import dot_general_p
 from jax.lax import Precision
 
 import pallas_kernels as pk
-from tests.kernels.ssd_suite import SSDSuite, one_token, problem
+from tests.kernels.ssd_step_suite import SSDStepSuite, one_token
+from tests.kernels.ssd_suite import SSDSuite, problem
 
 
 class TestXLA(SSDSuite):
+    implementation = "xla"
+
+
+class TestXLAStep(SSDStepSuite):
     implementation = "xla"
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.specs import SSD_SPECS, SSDSpec
 from pallas_kernels.ssd import pallas_gpu
 from pallas_kernels.ssd.pallas_gpu import backward, forward
 from tests.kernels import gradient_emulation, walk_emulation
-from tests.kernels.compare import BOUNDS, assert_close, exactly, jitted, named, outputs_and_gradients
+from tests.kernels.compare import BOUNDS, assert_close, exactly, named, outputs_and_gradients
 from tests.kernels.ssd_suite import SSDSuite, problem, without
 
 OPERANDS = ("x", "B", "C", "z")
@@ -38,9 +38,6 @@ class TestPallasGPU(SSDSuite):
         outputs = super().ssd(**options)
         y, *state = outputs if isinstance(outputs, tuple) else (outputs,)
         return (y.astype(dtype), *state) if state else y.astype(dtype)
-
-    def step(self, **options):
-        return jitted(pk.ssd_step, implementation="xla", **options)
 
     def test_long_sequence_in_parts(self):
         assert forward.make_plan(1, 4100, 4, 1, 64).parts > 1
