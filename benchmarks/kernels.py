@@ -9,6 +9,8 @@ One row for each shape of `ssd`, forward:
   same inputs, so small shapes are read from the cache and may pass it;
 * error: of ours, ||y - truth|| / ||truth|| over the first and the last head against the token recurrence in float64.
 
+With --op ssd_gradient the same for the forward and the backward pass together, without floor and error.
+
 With --op ssd_step or mamba2_step one row for each batch of a 2.7B layer, one token of decoding, states in place:
 
 * ours, xla, peer (`selective_state_update`, for ssd_step only), floor: as above, and the caches do not count: each call
@@ -43,7 +45,7 @@ STEP_COLUMNS = ("op", "shape", "state", "ours", "xla", "peer", "floor", "% of fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--op", nargs="*", default=["ssd"], choices=["ssd", "ssd_step", "mamba2_step"])
+    parser.add_argument("--op", nargs="*", default=["ssd"], choices=["ssd", "ssd_gradient", "ssd_step", "mamba2_step"])
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="batch x tokens: 8x2048")
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="of the steps")
     parser.add_argument("--state", default="float32", help="dtype of the state of the steps: float32 or bfloat16")
@@ -56,13 +58,14 @@ def main() -> None:
     copy = copy_bandwidth()
     rows = []
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, copies at {copy / 1e12:.2f} TB/s. Milliseconds:")
-    if "ssd" in args.op:
+    for op in (op for op in args.op if op.startswith("ssd") and op != "ssd_step"):
         print_row(COLUMNS)
         for shape in args.shapes:
             b, l = map(int, shape.split("x"))  # noqa: E741, the axis letter
-            rows.append(ssd_row(SSDSpec(b=b, l=l, dtype=args.dtype), args.implementation, args.without, copy))
-            print_row([rows[-1][name] for name in COLUMNS])
-    for op in (op for op in args.op if op != "ssd"):
+            row = ssd_row if op == "ssd" else ssd_gradient_row
+            rows.append(row(SSDSpec(b=b, l=l, dtype=args.dtype), args.implementation, args.without, copy))
+            print_row([rows[-1].get(name) for name in COLUMNS])
+    for op in (op for op in args.op if op.endswith("step")):
         print_row(STEP_COLUMNS)
         for batch in args.batches:
             spec = SSDSpec(b=batch, l=1, dtype=args.dtype)
@@ -99,6 +102,29 @@ def ssd_row(spec: SSDSpec, implementation: str, without: list[str], copy: float)
         "floor": floor,
         "% of floor": round(100 * floor / milliseconds_ours),
         "error": ssd_error(ours, arrays) if checked else None,
+    }
+
+
+def ssd_gradient_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+    arrays = ssd_inputs(spec)
+    dy = jax.random.normal(jax.random.key(1), arrays["x"].shape, arrays["x"].dtype)
+
+    def forward_and_backward(implementation):
+        function = functools.partial(pk.ssd, dt_softplus=True, implementation=implementation)
+
+        def run(dy, **arrays):
+            y, pullback = jax.vjp(lambda arrays: function(**arrays), arrays)
+            return y, pullback(dy)
+
+        return run
+
+    return {
+        "op": "ssd_gradient",
+        "shape": f"{spec.b}x{spec.l}x{spec.h}x{spec.p} n{spec.n} g{spec.g}",
+        "dtype": spec.dtype,
+        "ours": milliseconds(forward_and_backward(implementation), arrays | {"dy": dy}),
+        "xla": None if "xla" in without else milliseconds(forward_and_backward("xla"), arrays | {"dy": dy}),
+        "peer": None if "peer" in without else peer_milliseconds(arrays, backward=True),
     }
 
 
@@ -156,7 +182,7 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / (1e-3 * milliseconds(lambda a: a + 1, {"a": a}))
 
 
-def peer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
+def peer_milliseconds(arrays: dict[str, jax.Array], backward: bool = False) -> float | None:
     """The peer on inputs of the same shapes, by replay of a CUDA graph of 10 calls."""
     try:
         import torch
@@ -168,12 +194,16 @@ def peer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
         name: torch.tensor(np.asarray(a, np.float32), device="cuda", dtype=getattr(torch, str(a.dtype)))
         for name, a in arrays.items()
     }
+    differentiated = [a.requires_grad_(backward) for a in tensors.values()]
     x, dt, A, B, C = (tensors.pop(name) for name in ("x", "dt", "A", "B", "C"))
+    dy = torch.randn_like(x)
 
     def call():
-        return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, dt_softplus=True, **tensors)
+        with torch.set_grad_enabled(backward):
+            y = mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, dt_softplus=True, **tensors)
+            return torch.autograd.grad(y, differentiated, dy) if backward else y
 
-    return graph_milliseconds(call)
+    return graph_milliseconds(call, calls=5 if backward else 10)
 
 
 def graph_milliseconds(call, calls: int = 10) -> float:
