@@ -104,7 +104,7 @@ def _two_launches(
         functools.partial(_scan, [*inputs], sizes, tile, dt_limit),
         "mamba2_step_scan",
         y,
-        grid={"part": sizes.head_dim // tile.rows, "head": sizes.heads, "batch": batch},
+        grid={"batch": batch, "head": sizes.heads, "part": sizes.head_dim // tile.rows},
     )(*inputs.values(), ssm_state)
 
     inputs = {"layer": layer, "y": y, "zxbcdt": zxbcdt, "norm_weight": norm_weight}
@@ -114,7 +114,7 @@ def _two_launches(
         functools.partial(_norm, [*inputs], sizes, norm_eps, norm_before_gate),
         "mamba2_step_norm",
         jax.ShapeDtypeStruct(y.shape, y.dtype),
-        grid={"part": 1 + _movers(sizes), "group": sizes.groups, "batch": batch},
+        grid={"batch": batch, "group": sizes.groups, "part": 1 + _movers(sizes)},
     )(*inputs.values(), conv_state)
     return y, jax.freeze(conv_state), jax.freeze(ssm_state)
 

@@ -100,13 +100,17 @@ def ssd_step(state, x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, dt_limit, til
         body,
         "ssd_step",
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid={"part": head_dim // tile.rows, "head": heads, "batch": batch},
+        grid={"batch": batch, "head": heads, "part": head_dim // tile.rows},
     )(*inputs.values(), state)
     return y, jax.freeze(state)
 
 
 def launch(body, name: str, out_type, grid: dict[str, int]):
-    """A kernel of one warpgroup for each block of the grid. References among its arguments are changed in place."""
+    """A kernel of one warpgroup for each block of the grid. References among its arguments are changed in place.
+
+    Blocks start in the order of the grid, the last axis fastest: where neighbours in time are neighbours in memory, a
+    large state is read and written faster.
+    """
     return pl.kernel(
         body,
         out_type=out_type,
