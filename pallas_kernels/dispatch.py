@@ -3,13 +3,12 @@
 A kernel ("op") is a public function with several backends: `reference` (the recurrence, token by token), `xla`
 (chunked, runs everywhere), and hand-written kernels for particular devices. A backend is a module that holds a
 function named after the op and, when it cannot take every argument, a function `why_not_<op>` with the same signature
-that returns the reason in one line. Where it takes arguments for which another was measured to be faster, a function
-`why_slower_<op>` says so.
+that returns the reason in one line.
 
 Who runs is decided while tracing:
 
-* `implementation=None`: the first of `PREFERENCE[platform]` that can be imported, runs on the default device, takes
-  the arguments, and is not slower for them than one behind it.
+* `implementation=None`: the first of `PREFERENCE[platform]` that can be imported, runs on the default device, and
+  takes the arguments.
 * a name: that backend or an error. It does not ask which devices are present, so it also lowers with `jax.export`
   elsewhere.
 * a tuple of names: the first that takes the arguments.
@@ -128,10 +127,7 @@ class Op:
             return reason
         if not args and not kwargs:
             return None
-        reason = _call_if_present(module, f"why_not_{self.name}", *args, **kwargs)
-        if reason is None and automatic:
-            reason = _call_if_present(module, f"why_slower_{self.name}", *args, **kwargs)
-        return reason
+        return _call_if_present(module, f"why_not_{self.name}", *args, **kwargs)
 
     def _module(self, name: str) -> ModuleType:
         return importlib.import_module(f"{self.package}.{name}")

@@ -44,13 +44,6 @@ def why_not_mamba2_step(
     return None
 
 
-def why_slower_mamba2_step(conv_state, ssm_state, *_, layer=None, **__) -> str | None:
-    """Seen on an H100: 4 % faster than XLA at 168 MB, 11 % slower at 671 MB. A layer of a stack takes XLA further passes."""
-    if layer is None and step.size_of(ssm_state) > 2**28:
-        return "XLA is faster for states of more than 256 MiB"
-    return None
-
-
 def mamba2_step(conv_state, ssm_state, zxbcdt, conv_weight, A, **arguments):
     positional = {
         "conv_state": conv_state,
