@@ -31,14 +31,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.segments import number_segments
 from pallas_kernels.ssd.pallas_gpu import exponents, forward
 from pallas_kernels.ssd.pallas_gpu.boundaries import boundary_states
+from pallas_kernels.ssd.pallas_gpu.slices import Slices
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
     COLUMNS,
+    COMPILER_PARAMS,
     MATRIX,
     PROCESSORS,
     ROWS,
     columns,
-    filled,
+    keep_filled,
     load,
     operand,
     rows,
@@ -74,19 +76,8 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
 
     batch, length, heads, head_dim = x.shape
     state_size = B.shape[-1]
-    per_head = -(-head_dim // CHUNK)  # slices of 64 channels
-    slices = heads * per_head
-    n = 64 if state_size <= 64 else 128
+    slices = Slices(heads, head_dim, state_size)
     chunks = -(-length // CHUNK)
-
-    def sliced(a):
-        """[b l h p] -> [b l slices 64]"""
-        return filled(a, -1, 64).reshape(batch, length, slices, CHUNK)
-
-    def as_states(a):
-        """[b h p n] -> [b slices 64 n]"""
-        a = jnp.zeros((batch, heads, head_dim, state_size)) if a is None else a
-        return filled(filled(a.astype(jnp.float32), 2, 64), 3, n).reshape(batch, slices, CHUNK, n)
 
     def steps_of(dt, A, dt_bias):
         steps = exponents.step_sizes(dt, dt_bias, dt_softplus, dt_limit, segments)
@@ -94,29 +85,22 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
 
     (steps, _), steps_pullback = jax.vjp(steps_of, dt, A, dt_bias)
     factors, first_visible = exponents.prepare_backward(steps, A, segments, chunks)
-    padded_B, padded_C = (filled(filled(a, -1, n), 1, 8) for a in (B, C))
-    x_slices, dy_slices = sliced(x), sliced(dy)
+    read = {
+        "x": slices.values(x),
+        "dy": slices.values(dy),
+        "B": slices.keys(B),
+        "C": slices.keys(C),
+        "factors": factors,
+    }
     ends = None
     if initial_state is not None or dfinal is not None:
-        ends = jnp.stack([as_states(initial_state), as_states(dfinal)])
-    states, entered = boundary_states(x=x_slices, dy=dy_slices, B=padded_B, C=padded_C, factors=factors, ends=ends)
-
-    skip = None
-    if D is not None:
-        skip = D.astype(jnp.float32)
-        skip = jnp.repeat(skip, per_head) if D.ndim == 1 else filled(skip, -1, 64).reshape(slices, CHUNK)
-    dx, dB, dC, sums = chunk_gradients(
-        x=x_slices,
-        dy=dy_slices,
-        B=padded_B,
-        C=padded_C,
-        factors=factors,
-        states=states,
-        D=skip,
-        first_visible=first_visible,
-    )
-    sums = sums.reshape(batch, heads, per_head, chunks, 6, CHUNK).sum(axis=2)
-    result["x"] = dx.reshape(batch, length, heads, -1)[..., :head_dim]
+        none = jnp.zeros((batch, heads, head_dim, state_size))
+        ends = jnp.stack([slices.states(none if a is None else a) for a in (initial_state, dfinal)])
+    states, entered = boundary_states(**read, ends=ends)
+    skip = None if D is None else slices.skip(D)
+    dx, dB, dC, sums = chunk_gradients(**read, states=states, D=skip, first_visible=first_visible)
+    sums = sums.reshape(batch, heads, slices.per_head, chunks, 6, CHUNK).sum(axis=2)
+    result["x"] = slices.without_filling(dx)
     for name, like, a in (("B", B, dB), ("C", C, dC)):
         result[name] = a[:, :length, :, :state_size].astype(like.dtype)
 
@@ -130,18 +114,16 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
     if dt_bias is not None:
         result["dt_bias"] = dbias
     if D is not None:
-        dD = sums[..., X_DY, :].sum((0, 2, 3)) if D.ndim == 1 else _sum_of_products(x, dy)
+        if D.ndim == 1:
+            dD = sums[..., X_DY, :].sum((0, 2, 3))
+        else:
+            dD = jnp.sum(x.astype(jnp.float32) * dy.astype(jnp.float32), axis=(0, 1))
         result["D"] = dD.astype(D.dtype)
     if initial_state is not None:
-        entered = entered.reshape(batch, heads, -1, n)[:, :, :head_dim, :state_size]
-        result["initial_state"] = entered.astype(initial_state.dtype)
+        result["initial_state"] = slices.states_without_filling(entered).astype(initial_state.dtype)
     if segment_ids is not None:
         result["segment_ids"] = jnp.zeros(segment_ids.shape, jax.dtypes.float0)
     return result
-
-
-def _sum_of_products(x, dy):
-    return jnp.sum(x.astype(jnp.float32) * dy.astype(jnp.float32), axis=(0, 1))
 
 
 def _step_gradients(sums, factors):
@@ -203,11 +185,8 @@ def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None)
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="ssd_gradients",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        # The one buffer that warps write and others read, dx, waits for its copy and for all warps before the next head.
+        compiler_params=COMPILER_PARAMS,
     )(*inputs.values())
     dB, dC = (jnp.swapaxes(a.sum(axis=0), 1, 2) for a in (dB, dC))
     return dx, dB, dC, sums
@@ -288,14 +267,7 @@ def _copy(block, refs, buffers):
         for name, source in sources.items():
             plgpu.copy_gmem_to_smem(source, buffers[name].at[slot], buffers["filled"].at[slot])
 
-    for step in range(min(STAGES, block.heads)):
-        fetch(step, step)
-
-    @pl.loop(STAGES, max(block.heads, STAGES))
-    def _(step):
-        slot = lax.rem(step, STAGES)
-        plgpu.barrier_wait(buffers["consumed"].at[slot])
-        fetch(step, slot)
+    keep_filled(fetch, block.heads, STAGES, buffers["consumed"])
 
 
 def _writing_side(block, refs, buffers):
@@ -314,6 +286,7 @@ def _writing_side(block, refs, buffers):
         plgpu.barrier_wait(buffers["filled"].at[slot])
         x_tile, dy_tile, dS_tile = (buffers[name].at[slot] for name in ("x", "dy", "dS"))
         factors, sums = buffers["factors"].at[slot], refs["sums"].at[batch, one, chunk]
+        s, first_visible = factors.at[exponents.S], buffers.get("first_visible")
 
         def products(accumulators):
             moments_acc, r_acc, dB_acc, dscores = accumulators
@@ -323,14 +296,8 @@ def _writing_side(block, refs, buffers):
             written = (x * rows(jnp.exp2(load(factors.at[exponents.WRITTEN], ROWS)))).astype(dtype)
             plgpu.wgmma(dB_acc, written, dS_tile)
 
-            decays = jnp.exp2(
-                columns(load(factors.at[exponents.S], COLUMNS)) - rows(load(factors.at[exponents.S], ROWS))
-            )
-            j, i = rows(lax.optimization_barrier(position_j)), columns(position_i)
-            visible = i >= j
-            if "first_visible" in refs:
-                visible &= j >= columns(load(buffers["first_visible"], COLUMNS))
-            decays = jnp.where(visible, decays, 0.0)
+            i, j = columns(position_i), rows(lax.optimization_barrier(position_j))  # see `forward`
+            decays = _decays(s, first_visible, i, j, _over_columns, _over_rows)
             weights = (decays * scores).astype(dtype)
             decayed = decays * plgpu.wgmma_accumulator_load(moments_acc, wait_n=2)
             d = load(factors.at[exponents.STEP], ROWS)
@@ -383,6 +350,7 @@ def _reading_side(block, refs, buffers):
         plgpu.barrier_wait(buffers["filled"].at[slot])
         x_tile, dy_tile, S_tile, dS_tile = (buffers[name].at[slot] for name in ("x", "dy", "S", "dS"))
         factors, sums = buffers["factors"].at[slot], refs["sums"].at[batch, one, chunk]
+        s, first_visible = factors.at[exponents.S], buffers.get("first_visible")
 
         def products(accumulators):
             moments_acc, from_state_acc, dC_acc, dscores = accumulators
@@ -392,16 +360,10 @@ def _reading_side(block, refs, buffers):
             read = load(dy_tile, MATRIX).astype(jnp.float32) * from_state
             plgpu.wgmma(dC_acc, read.astype(block.dtype), S_tile)
 
-            decays = jnp.exp2(
-                rows(load(factors.at[exponents.S], ROWS)) - columns(load(factors.at[exponents.S], COLUMNS))
-            )
             i, j = rows(lax.optimization_barrier(position_i)), columns(position_j)
-            visible = i >= j
-            if "first_visible" in refs:
-                visible &= j >= rows(load(buffers["first_visible"], ROWS))
-            decays = jnp.where(visible, decays, 0.0)
+            decays = _decays(s, first_visible, i, j, _over_rows, _over_columns)
             decayed = decays * plgpu.wgmma_accumulator_load(moments_acc, wait_n=2)
-            decayed = decayed * columns(load(factors.at[exponents.STEP], COLUMNS))
+            decayed = decayed * _over_columns(factors.at[exponents.STEP])
             dscores[...] += decayed
             row = jnp.sum(decayed * scores, axis=1)
 
@@ -421,6 +383,23 @@ def _reading_side(block, refs, buffers):
 
     dC, dscores = lax.fori_loop(0, block.heads, step, (zeros(CHUNK, block.n), zeros(CHUNK, CHUNK)))
     _finish(block, refs["dC"], dC, dscores, buffers["B"])
+
+
+def _decays(s, first_visible, i, j, over_i, over_j):
+    """E, with the tokens i along one axis and the tokens j along the other: their numbers, and how to load along it."""
+    decays = jnp.exp2(over_i(s) - over_j(s))
+    visible = i >= j
+    if first_visible is not None:
+        visible &= j >= over_i(first_visible)
+    return jnp.where(visible, decays, 0.0)
+
+
+def _over_rows(ref):
+    return rows(load(ref, ROWS))
+
+
+def _over_columns(ref):
+    return columns(load(ref, COLUMNS))
 
 
 def _product(a, b, width):

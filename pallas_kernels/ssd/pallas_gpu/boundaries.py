@@ -19,7 +19,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd.pallas_gpu.exponents import FROM_STATE, WRITTEN
-from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, MATRIX, ROWS, load, operand, rows, square, zeros
+from pallas_kernels.ssd.pallas_gpu.tiles import (
+    CHUNK,
+    COMPILER_PARAMS,
+    MATRIX,
+    ROWS,
+    keep_filled,
+    load,
+    operand,
+    rows,
+    square,
+    zeros,
+)
 
 STAGES = 3
 
@@ -58,12 +69,8 @@ def boundary_states(*, x, dy, B, C, factors, ends=None):
         num_threads=block.heads + 1,
         thread_name="warpgroup",
         kernel_name="ssd_boundaries",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            # A buffer is written again two chunks later: in between lies a barrier that all its readers have passed.
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        # A buffer is written again two chunks later: in between lies a barrier that all its readers have passed.
+        compiler_params=COMPILER_PARAMS,
     )(*inputs.values())
 
 
@@ -104,6 +111,9 @@ def _copy(block, factors, values, keys, direction, buffers):
     group = lax.div(first, block.slices // block.groups)
 
     def fetch(step, slot):
+        step = jnp.int32(
+            step
+        )  # tokens behind the end are read as zeros; JAX would refuse them were the number a constant
         chunk = block.chunks - 1 - step if direction else step
         tokens = pl.ds(chunk * CHUNK, CHUNK)
 
@@ -116,14 +126,7 @@ def _copy(block, factors, values, keys, direction, buffers):
             copy(factors.at[batch, head, chunk], buffers["factors"].at[slot, i])
             copy(values.at[batch, tokens, first + i], buffers["values flat"].at[slot, i])
 
-    for step in range(min(STAGES, block.chunks)):
-        fetch(jnp.int32(step), step)
-
-    @pl.loop(STAGES, max(block.chunks, STAGES))
-    def _(step):
-        slot = lax.rem(step, STAGES)
-        plgpu.barrier_wait(buffers["consumed"].at[slot])
-        fetch(step, slot)
+    keep_filled(fetch, block.chunks, STAGES, buffers["consumed"])
 
 
 def _walk(block, refs, buffers):

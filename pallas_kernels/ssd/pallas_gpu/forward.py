@@ -21,15 +21,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ssd.pallas_gpu.exponents import by_part, prepare, start_of_sequence
+from pallas_kernels.ssd.pallas_gpu.slices import Slices
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
     COLUMNS,
+    COMPILER_PARAMS,
     MATRIX,
     PROCESSORS,
     ROWS,
     SHARED_MEMORY,
     columns,
-    filled,
+    keep_filled,
     load,
     operand,
     rows,
@@ -55,29 +57,18 @@ def outputs(
     return_final_state=False,
 ):
     batch, length, heads, head_dim = x.shape
-    groups, state_size = B.shape[2:]
-    slices = heads * (-(-head_dim // CHUNK))  # of 64 channels, all heads together
-    n = next(width for width in (64, 128, 256) if width >= state_size)
-    plan = make_plan(batch, length, slices, groups, n)
-
-    def sliced(a):
-        """[b l h p] -> [b l slices 64]"""
-        return None if a is None else filled(a, -1, 64).reshape(batch, length, slices, CHUNK)
-
+    slices = Slices(heads, head_dim, B.shape[3])
+    plan = make_plan(batch, length, slices.total, B.shape[2], slices.n)
     factors, first_visible = prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, plan.chunks)
-    x, z = sliced(x), sliced(z)
-    B, C = (filled(filled(a, -1, n), 1, 8) for a in (B, C))
-    if D is not None:
-        D = D.astype(jnp.float32)
-        D = jnp.repeat(D, slices // heads) if D.ndim == 1 else filled(D, -1, 64).reshape(slices, CHUNK)
-    state = None
-    if initial_state is not None:
-        state = filled(filled(initial_state.astype(jnp.float32), 2, 64), 3, n).reshape(batch, 1, slices, CHUNK, n)
+    x, z = slices.values(x), None if z is None else slices.values(z)
+    B, C = slices.keys(B), slices.keys(C)
+    D = None if D is None else slices.skip(D)
+    state = None if initial_state is None else slices.states(initial_state)[:, None]
 
     if plan.parts > 1:
         to_end, kept = by_part(factors, first_visible, plan)
         added = walk(plan=plan, parts=plan.parts - 1, x=x, B=B, factors=to_end, keep_states=True)
-        kept = jnp.repeat(kept, slices // heads, axis=2)[..., None, None]
+        kept = jnp.repeat(kept, slices.per_head, axis=2)[..., None, None]
         states = [jnp.zeros_like(added[:, 0]) if state is None else state[:, 0]]
         for part in range(plan.parts - 1):
             states.append(kept[:, part] * states[-1] + added[:, part])
@@ -95,10 +86,8 @@ def outputs(
         first_visible=first_visible,
         keep_states=return_final_state,
     )
-    y = y.reshape(batch, length, heads, -1)[..., :head_dim]
-    if not return_final_state:
-        return y
-    return y, final.reshape(batch, heads, -1, n)[:, :, :head_dim, :state_size]
+    y = slices.without_filling(y)
+    return (y, slices.states_without_filling(final)) if return_final_state else y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,13 +163,7 @@ def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, firs
         num_threads=plan.heads + 1,
         thread_name="warpgroup",
         kernel_name="ssd_walk" if outputs else "ssd_states",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            # The kernel places its barriers itself: see `_shared_memory` for why they suffice.
-            unsafe_no_auto_barriers=True,
-            # From 0.11 on the default infers layouts, and finds none for vectors read both as rows and as columns.
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=COMPILER_PARAMS,  # for the barriers see `_shared_memory`
     )(*inputs.values())
     results = dict(zip(out_type, results, strict=True))
     return (results["y"], results.get("states")) if outputs else results["states"]
@@ -295,14 +278,7 @@ def _copy(block, refs, buffers):
                 if name in refs:
                     copy(refs[name].at[batch, tokens, first + i], buffers[f"{name} flat"].at[slot, i])
 
-    for chunk in range(min(stages, block.chunks)):
-        fetch(chunk, chunk)
-
-    @pl.loop(stages, max(block.chunks, stages))
-    def _(chunk):
-        slot = lax.rem(chunk, stages)
-        plgpu.barrier_wait(buffers["consumed"].at[slot])
-        fetch(chunk, slot)
+    keep_filled(fetch, block.chunks, stages, buffers["consumed"])
 
 
 def _add_up(block, refs, buffers):

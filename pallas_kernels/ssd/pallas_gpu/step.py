@@ -35,11 +35,6 @@ def why_not(state, x, *others) -> str | None:
     return None
 
 
-def size_of(state) -> int:
-    """Bytes; of abstract values too."""
-    return state.size * state.dtype.itemsize
-
-
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """What a thread block holds: `rows` of the p channels of a head, each with its n numbers."""

@@ -4,6 +4,7 @@ import inspect
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgmma instruction
@@ -14,15 +15,13 @@ MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that belongs to the rows of a matrix in registers
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
-
-def filled(a, axis: int, width: int):
-    """`a` with zeros behind it on `axis` up to the next multiple of `width`."""
-    missing = -a.shape[axis] % width
-    if not missing:
-        return a
-    fill = [(0, 0)] * a.ndim
-    fill[axis] = (0, missing)
-    return jnp.pad(a, fill)
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    # The kernels place their barriers themselves; each says why they suffice.
+    unsafe_no_auto_barriers=True,
+    # From 0.11 on the default infers layouts, and finds none for vectors read both as rows and as columns.
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
 
 
 def operand(dtype, *shape):
@@ -56,3 +55,15 @@ _EVERYTHING = ((),) if inspect.signature(plgpu.load).parameters["idx"].default i
 
 def load(ref, layout, *, device_memory: bool = False):
     return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=not device_memory)
+
+
+def keep_filled(fetch, steps: int, stages: int, consumed) -> None:
+    """Keeps a ring of `stages` buffers filled: `fetch(step, slot)` for every step, as soon as its slot is `consumed`."""
+    for step in range(min(stages, steps)):
+        fetch(step, step)
+
+    @pl.loop(stages, max(steps, stages))
+    def _(step):
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(consumed.at[slot])
+        fetch(step, slot)
