@@ -45,7 +45,7 @@ STEP_COLUMNS = ("op", "shape", "state", "ours", "xla", "peer", "floor", "% of fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--op", nargs="*", default=["ssd"], choices=["ssd", "ssd_gradient", "ssd_step", "mamba2_step"])
+    parser.add_argument("--op", nargs="*", default=["ssd"], choices=[*SEQUENCE_ROWS, *STATES])
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="batch x tokens: 8x2048")
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="of the steps")
     parser.add_argument("--state", default="float32", help="dtype of the state of the steps: float32 or bfloat16")
@@ -58,14 +58,14 @@ def main() -> None:
     copy = copy_bandwidth()
     rows = []
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, copies at {copy / 1e12:.2f} TB/s. Milliseconds:")
-    for op in (op for op in args.op if op.startswith("ssd") and op != "ssd_step"):
+    for op in (op for op in args.op if op in SEQUENCE_ROWS):
         print_row(COLUMNS)
         for shape in args.shapes:
             b, l = map(int, shape.split("x"))  # noqa: E741, the axis letter
-            row = ssd_row if op == "ssd" else ssd_gradient_row
-            rows.append(row(SSDSpec(b=b, l=l, dtype=args.dtype), args.implementation, args.without, copy))
+            spec = SSDSpec(b=b, l=l, dtype=args.dtype)
+            rows.append(SEQUENCE_ROWS[op](spec, args.implementation, args.without, copy))
             print_row([rows[-1].get(name) for name in COLUMNS])
-    for op in (op for op in args.op if op.endswith("step")):
+    for op in (op for op in args.op if op in STATES):
         print_row(STEP_COLUMNS)
         for batch in args.batches:
             spec = SSDSpec(b=batch, l=1, dtype=args.dtype)
@@ -126,6 +126,9 @@ def ssd_gradient_row(spec: SSDSpec, implementation: str, without: list[str], cop
         "xla": None if "xla" in without else milliseconds(forward_and_backward("xla"), arrays | {"dy": dy}),
         "peer": None if "peer" in without else peer_milliseconds(arrays, backward=True),
     }
+
+
+SEQUENCE_ROWS = {"ssd": ssd_row, "ssd_gradient": ssd_gradient_row}
 
 
 def ssd_inputs(spec: SSDSpec, seed: int = 0) -> dict[str, jax.Array]:
@@ -281,16 +284,16 @@ def step_inputs(spec: SSDSpec, state: str) -> dict[str, jax.Array]:
 
 def mixer_inputs(spec: SSDSpec, state: str, width: int = 4) -> dict[str, jax.Array]:
     step = step_inputs(spec, state)
-    inner, channels = spec.h * spec.p, spec.h * spec.p + 2 * spec.g * spec.n
+    sizes = spec.sizes
     normal = jax.random.normal
     keys = jax.random.split(jax.random.key(2), 4)
     return {
-        "conv_state": normal(keys[0], (spec.b, width - 1, channels), spec.dtype),
+        "conv_state": normal(keys[0], (spec.b, width - 1, sizes.channels), spec.dtype),
         "ssm_state": step["state"],
-        "zxbcdt": normal(keys[1], (spec.b, inner + channels + spec.h), spec.dtype),
-        "conv_weight": 0.3 * normal(keys[2], (channels, width)),
-        "conv_bias": 0.3 * normal(keys[3], (channels,)),
-        "norm_weight": jnp.ones(inner),
+        "zxbcdt": normal(keys[1], (spec.b, sizes.projected), spec.dtype),
+        "conv_weight": 0.3 * normal(keys[2], (sizes.channels, width)),
+        "conv_bias": 0.3 * normal(keys[3], (sizes.channels,)),
+        "norm_weight": jnp.ones(sizes.inner),
     } | {name: step[name] for name in ("A", "D", "dt_bias")}
 
 

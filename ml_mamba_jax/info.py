@@ -80,19 +80,19 @@ def _step_arguments(spec: SSDSpec) -> dict:
 
 
 def _mixer_arguments(spec: SSDSpec) -> dict:
-    inner, channels, f32 = spec.h * spec.p, spec.h * spec.p + 2 * spec.g * spec.n, jnp.float32
+    sizes, f32 = spec.sizes, jnp.float32
     return {
-        "conv_state": jax.ShapeDtypeStruct((spec.b, CONV_WIDTH - 1, channels), spec.dtype),
+        "conv_state": jax.ShapeDtypeStruct((spec.b, CONV_WIDTH - 1, sizes.channels), spec.dtype),
         "ssm_state": jax.ShapeDtypeStruct((spec.b, spec.h, spec.p, spec.n), f32),
-        "zxbcdt": jax.ShapeDtypeStruct((spec.b, inner + channels + spec.h), spec.dtype),
-        "conv_weight": jax.ShapeDtypeStruct((channels, CONV_WIDTH), f32),
+        "zxbcdt": jax.ShapeDtypeStruct((spec.b, sizes.projected), spec.dtype),
+        "conv_weight": jax.ShapeDtypeStruct((sizes.channels, CONV_WIDTH), f32),
         "A": jax.ShapeDtypeStruct((spec.h,), f32),
-        "norm_weight": jax.ShapeDtypeStruct((inner,), f32),
+        "norm_weight": jax.ShapeDtypeStruct((sizes.inner,), f32),
     }
 
 
 def _conv_arguments(spec: SSDSpec) -> dict:
-    channels = spec.h * spec.p + 2 * spec.g * spec.n
+    channels = spec.sizes.channels
     return {
         "x": jax.ShapeDtypeStruct((spec.b, spec.l, channels), spec.dtype),
         "weight": jax.ShapeDtypeStruct((channels, CONV_WIDTH), jnp.float32),

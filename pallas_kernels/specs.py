@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.mamba2_step.sizes import Sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class SSDSpec:
@@ -17,6 +19,11 @@ class SSDSpec:
     n: int = 128
     g: int = 1
     dtype: str = "bfloat16"
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the mixer around it."""
+        return Sizes(self.h, self.p, self.g, self.n)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The array arguments of `ssd` as abstract values."""
