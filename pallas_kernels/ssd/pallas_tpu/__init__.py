@@ -18,13 +18,16 @@ def why_not_here() -> str | None:
     return None if platform == "tpu" else f"needs a TPU, the default device is a {platform}"
 
 
-def why_not_ssd(x, dt, A, B, C, *, precision=None, **_) -> str | None:
+def why_not_ssd(x, dt, A, B, C, *, chunk_size=None, precision=None, **_) -> str | None:
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"x is {x.dtype}; the kernel multiplies float32 or bfloat16"
     if not x.dtype == B.dtype == C.dtype:
         return f"x, B and C are {x.dtype}, {B.dtype} and {C.dtype}; the kernel multiplies operands of one dtype"
     if not isinstance(precision, (str, lax.Precision, type(None))):
         return f"precision is {precision}; the kernel takes one jax.lax.Precision for all products"
+    if make_layout(x, B, chunk_size) is None:
+        heads, head_dim = x.shape[2] // B.shape[2], x.shape[3]
+        return f"a group of {heads} heads, {head_dim} wide, with states of {B.shape[-1]} does not fit into VMEM"
     return None
 
 

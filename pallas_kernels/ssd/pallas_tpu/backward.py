@@ -40,8 +40,6 @@ from pallas_kernels.ssd.pallas_tpu.heads import only, over_lanes, sum_by_head
 from pallas_kernels.ssd.pallas_tpu.layout import Layout
 from pallas_kernels.ssd.pallas_tpu.visibility import sees_nothing, start_of_last
 
-EXACT = lax.Precision.HIGHEST
-
 
 def gradients(operands: dict[str, Array], layout: Layout, precision: lax.Precision, dy, dfinal=None) -> dict:
     """The gradients of x, dt, a, B, C and where there are some D, z, state, by the names of the operands.
@@ -50,8 +48,10 @@ def gradients(operands: dict[str, Array], layout: Layout, precision: lax.Precisi
         operands: as of `walk`; the gradient of s is that of its increments a = dt A.
         dy: [b l width]. dfinal: of the final state [b n width], or None.
     """
-    wanted = ("states", "dz") if "z" in operands else ("states",)
-    recomputed = walk(operands | {"dy": dy} if "z" in operands else operands, layout, precision, wanted)
+    if "z" in operands:
+        recomputed = walk(operands | {"dy": dy}, layout, precision, ("states", "dz"))
+    else:
+        recomputed = walk(operands, layout, precision, ("states",))
     x, dt = operands["x"], operands["dt"]
     inputs = {name: a for name, a in operands.items() if name != "state"}
     inputs |= {"states": recomputed["states"], "dy": dy}
@@ -136,15 +136,15 @@ def _step(layout, precision, names, *refs):
         dy *= z * jax.nn.sigmoid(z)
     s, dt = refs["s"][...], refs["dt"][...]
     s_columns, dt_columns = jnp.transpose(s), jnp.transpose(dt)
-    j = lax.broadcasted_iota(jnp.int32, (layout.chunk, layout.chunk), 0)
-    i = lax.broadcasted_iota(jnp.int32, (layout.chunk, layout.chunk), 1)
-    visible = i >= j
+    row = lax.broadcasted_iota(jnp.int32, (layout.chunk, layout.chunk), 0)
+    column = lax.broadcasted_iota(jnp.int32, (layout.chunk, layout.chunk), 1)
+    visible = row <= column  # j <= i
     from_state, to_end = jnp.exp(s), jnp.exp(jnp.minimum(s[:, -1:] - s, 0))
     kept = jnp.exp(s[:, -1:])
     if "first_visible" in refs:
         first_visible, start = refs["first_visible"][...], start_of_last(refs["first_visible"])
         dy = jnp.where(sees_nothing(refs["first_visible"]), 0, dy)
-        visible &= j >= first_visible
+        visible &= row >= first_visible
         from_state = jnp.where(first_visible < 0, from_state, 0)
         to_end = jnp.where(lax.broadcasted_iota(jnp.int32, to_end.shape, 1) >= start, to_end, 0)
         kept = jnp.where(start < 0, kept, 0)
@@ -169,7 +169,7 @@ def _step(layout, precision, names, *refs):
     scores = rows_by_rows(B, C, precision)
     dscores = jnp.zeros_like(scores)
     dy_operand = dy.astype(dtype)
-    not_before, before = (i <= j).astype(dtype), j < i  # of [i t] and of [j t]
+    not_before, before = row >= column, row < column  # i >= t, j < t
     r_tiles, straddling = [], []
     for first in range(0, layout.block_heads, layout.tile_heads):
         lanes = slice(first * layout.head_lanes, (first + layout.tile_heads) * layout.head_lanes)
@@ -181,7 +181,7 @@ def _step(layout, precision, names, *refs):
             r_tile += rows_by_columns((scores * decays).astype(dtype), dy_head, precision)
             d = decays * dt_columns[:, head : head + 1] * rows_by_rows(x[:, lanes], dy_head, precision)
             dscores += d
-            ends = rows_by_columns((scores * d).astype(dtype), not_before, precision)
+            ends = rows_by_columns((scores * d).astype(dtype), not_before.astype(dtype), precision)
             straddling.append(jnp.sum(jnp.where(before, ends, 0), axis=0, keepdims=True))
         r_tiles.append(r_tile)
     r = jnp.concatenate(r_tiles, axis=1)
@@ -196,7 +196,9 @@ def _step(layout, precision, names, *refs):
         refs["dD"][...] = dD_ref[...]
     refs["dx"][...] = dx.astype(dtype)
     refs["ddt"][...] = sum_by_head(x * r, layout)
-    da = rows_by_columns(u, (j >= i).astype(jnp.float32), EXACT) + rows_by_columns(v, before.astype(jnp.float32), EXACT)
-    refs["da"][...] = jnp.concatenate(straddling, axis=0) + da + through
+    da = jnp.concatenate(straddling, axis=0) + through
+    da += rows_by_columns(u, not_before.astype(jnp.float32), lax.Precision.HIGHEST)
+    da += rows_by_columns(v, before.astype(jnp.float32), lax.Precision.HIGHEST)
+    refs["da"][...] = da
     if "dstate" in refs:
         refs["dstate"][...] = dS_ref[...]

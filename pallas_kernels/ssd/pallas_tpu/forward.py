@@ -31,11 +31,13 @@ from pallas_kernels.ssd.pallas_tpu.visibility import seen, sees_nothing, start_o
 
 
 def walk(operands: dict[str, Array], layout: Layout, precision: lax.Precision, wanted: tuple[str, ...]) -> dict:
-    """The outputs named in `wanted`: y, `final` state, the `states` that enter the chunks, dz (which needs dy).
+    """The outputs named in `wanted`: y or dz (which needs dy), the `final` state, the `states` that enter the chunks.
 
     Args:
         operands: x, B, C, dt, s and where there are some z, D, state, first_visible, dy, laid out by `layout`.
     """
+    if not {"y", "dz"} & {*wanted}:
+        operands = {name: a for name, a in operands.items() if name not in ("C", "D", "z")}
     x = operands["x"]
     state_shape = (layout.batch, layout.lanes_of_state, layout.width)
     outputs = {
@@ -48,7 +50,7 @@ def walk(operands: dict[str, Array], layout: Layout, precision: lax.Precision, w
     outputs = {name: outputs[name] for name in wanted}
 
     def place(batch, block, chunk):
-        return Place(batch, block // layout.group_blocks, block, chunk)
+        return Place(batch, lax.div(block, layout.group_blocks), block, chunk)
 
     results = pl.pallas_call(
         functools.partial(_step, layout, precision, [*operands, *outputs]),
@@ -85,24 +87,20 @@ def _step(layout, precision, names, *refs):
         to_end = jnp.where(lax.broadcasted_iota(jnp.int32, to_end.shape, 1) >= start, to_end, 0)
         kept = jnp.where(start < 0, kept, 0)
 
-    if "y" in refs or "dz" in refs:
-        y = _outputs(layout, precision, refs, chunk, state, x, B)
-        if "first_visible" in refs:
-            hidden = sees_nothing(refs["first_visible"])
-        if "dz" in refs:
+    name = next((name for name in ("y", "dz") if name in refs), None)
+    if name:
+        result = _before_gate(layout, precision, refs, chunk, state, x, B)
+        if "z" in refs:
             z = tokens_of(refs["z"], chunk, layout).astype(jnp.float32)
             gate = jax.nn.sigmoid(z)
-            dz = tokens_of(refs["dy"], chunk, layout).astype(jnp.float32) * y * gate * (1 + z * (1 - gate))
-            if "first_visible" in refs:
-                dz = jnp.where(hidden, 0, dz)
-            refs["dz"][...] = dz.astype(refs["dz"].dtype)
-        if "y" in refs:
-            if "z" in refs:
-                z = tokens_of(refs["z"], chunk, layout).astype(jnp.float32)
-                y *= z * jax.nn.sigmoid(z)
-            if "first_visible" in refs:
-                y = jnp.where(hidden, 0, y)
-            refs["y"][...] = y.astype(x.dtype)
+            if name == "y":
+                result *= z * gate
+            else:
+                dy = tokens_of(refs["dy"], chunk, layout).astype(jnp.float32)
+                result *= dy * gate * (1 + z * (1 - gate))
+        if "first_visible" in refs:
+            result = jnp.where(sees_nothing(refs["first_visible"]), 0, result)
+        refs[name][...] = result.astype(refs[name].dtype)
 
     written = (x * over_lanes(jnp.transpose(to_end), layout)).astype(x.dtype)
     state = over_lanes(kept, layout) * state + columns_by_columns(B, written, precision)
@@ -111,8 +109,8 @@ def _step(layout, precision, names, *refs):
         refs["final"][...] = state
 
 
-def _outputs(layout, precision, refs, chunk, state, x, B):
-    """y before the gate, float32 [tokens lanes]."""
+def _before_gate(layout, precision, refs, chunk, state, x, B):
+    """y without z, float32 [tokens lanes]."""
     C = tokens_of(refs["C"], chunk, layout)
     s, dt = refs["s"][...], refs["dt"][...]
     s_columns = jnp.transpose(s)

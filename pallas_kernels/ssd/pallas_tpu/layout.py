@@ -15,6 +15,7 @@ LANES = 128
 BLOCK_LANES = 512  # enough products for one step to hide its overhead, few enough for VMEM
 SUBLANES = 16  # rows of a bfloat16 tile; float32 needs half of it
 DEFAULT_CHUNK, LARGEST_CHUNK = 128, 256
+VMEM = 14 * 2**20  # bytes; the compiler gives a kernel 16 MiB, and `vmem_bytes` is an estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,11 @@ class Layout:
         return jnp.transpose(a, (0, 3, 1, 4, 2))
 
 
-def make_layout(x, B, chunk_size: int | None) -> Layout:
-    """The layout for x [b l h p] and B [b l g n], arrays or abstract values."""
+def make_layout(x, B, chunk_size: int | None) -> Layout | None:
+    """The layout for x [b l h p] and B [b l g n], arrays or abstract values; None if nothing fits into VMEM.
+
+    Chunks are about as long as asked for, and shorter where heads or states are so wide that VMEM is too small.
+    """
     batch, length, heads, head_dim = x.shape
     groups, state_size = B.shape[2:]
     per_group = heads // groups
@@ -100,24 +104,41 @@ def make_layout(x, B, chunk_size: int | None) -> Layout:
     head_lanes = LANES // tile_heads if head_dim <= LANES else _next_multiple(head_dim, LANES)
     tiles = per_group // tile_heads
     most = max(1, BLOCK_LANES // (tile_heads * head_lanes))
-    block_tiles = max(count for count in range(1, tiles + 1) if tiles % count == 0 and count <= most)
 
-    chunk = min(chunk_size or DEFAULT_CHUNK, LARGEST_CHUNK)
-    chunks = -(-length // chunk)
-    return Layout(
-        batch=batch,
-        length=length,
-        heads=heads,
-        head_dim=head_dim,
-        groups=groups,
-        state_size=state_size,
-        head_lanes=head_lanes,
-        tile_heads=tile_heads,
-        block_heads=block_tiles * tile_heads,
-        # A block may be as wide as its array, so one group needs no filling to full lanes.
-        lanes_of_state=_next_multiple(state_size, SUBLANES if groups == 1 else LANES),
-        chunk=_next_multiple(-(-length // chunks), SUBLANES),
-    )
+    longest = min(chunk_size or DEFAULT_CHUNK, LARGEST_CHUNK)
+    while True:
+        chunk = _next_multiple(-(-length // -(-length // longest)), SUBLANES)  # chunks of about equal length
+        for block_tiles in range(min(tiles, most), 0, -1):
+            layout = Layout(
+                batch=batch,
+                length=length,
+                heads=heads,
+                head_dim=head_dim,
+                groups=groups,
+                state_size=state_size,
+                head_lanes=head_lanes,
+                tile_heads=tile_heads,
+                block_heads=block_tiles * tile_heads,
+                # A block may be as wide as its array, so one group needs no filling to full lanes.
+                lanes_of_state=_next_multiple(state_size, SUBLANES if groups == 1 else LANES),
+                chunk=chunk,
+            )
+            if tiles % block_tiles == 0 and vmem_bytes(layout, x.dtype.itemsize) <= VMEM:
+                return layout
+        if chunk == SUBLANES:
+            return None
+        longest = chunk // 2
+
+
+def vmem_bytes(layout: Layout, itemsize: int) -> int:
+    """About what the larger of the kernels, the backward one, needs with every optional argument."""
+    tokens, lanes, n = layout.chunk, layout.block, layout.lanes_of_state
+    copied = (4 * tokens * lanes + n * lanes + 2 * tokens * n) * itemsize + (2 * n * lanes + 2 * tokens * n) * 4
+    carried = layout.group_blocks * n * lanes * 4
+    # Intermediate results: what the compiler asked for at many shapes, rounded up. It works on all heads at once.
+    squares = 8 + 2 * layout.block_heads
+    intermediate = (16 * tokens * lanes + 5 * n * lanes + squares * tokens * tokens) * 4
+    return 2 * copied + carried + intermediate
 
 
 def filled(a: Array, axis: int, width: int) -> Array:
