@@ -114,10 +114,8 @@ SEGMENTS = packed(
 CASES = {
     "17 tokens, groups": (problem(b=1, l=17, h=4, g=4, D="h p"), {"chunk_size": 16}),
     "65 tokens": (problem(b=1, l=65, h=2, g=1, p=64, n=16), {"chunk_size": 32}),
-    "119 tokens, wide heads": (
-        without(problem(b=1, l=119, h=2, g=1, p=130), "D", "z", "dt_bias", "initial_state"),
-        {"chunk_size": 128},
-    ),
+    "119 tokens, two blocks": (without(problem(b=1, l=119, h=4, g=1, p=130), "z"), {"chunk_size": 64}),
+    "no options": (without(problem(b=1, l=20, h=2), "D", "z", "dt_bias", "initial_state"), {}),
     "bfloat16": (problem(b=1, l=80, dtype="bfloat16"), {"chunk_size": 32}),
     "segments": (problem(l=51), {"chunk_size": 16, "segment_ids": SEGMENTS}),
     "strong decay": (strong_decay(), {"chunk_size": 16, "dt_softplus": False}),
