@@ -5,6 +5,7 @@ steps and cores. Which layouts the compiler accepts it does not know: that the k
 """
 
 import functools
+import re
 import types
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.lax import Precision
 
@@ -300,27 +302,53 @@ SHAPES = SSD_SPECS | {
 }
 
 
+def scan(arrays, options):
+    everything = "initial_state" in arrays
+    return pk.ssd(**arrays, **options, return_final_state=everything, implementation="pallas_tpu")
+
+
+def gradient(arrays, options):
+    """Of everything that comes out, with respect to the floating-point arguments."""
+
+    def loss(arrays):
+        return sum(jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves(scan(arrays, options)))
+
+    return jax.value_and_grad(loss)(arrays)
+
+
+def arguments(spec: SSDSpec, everything: bool):
+    if not everything:
+        return spec.shapes(), {}
+    more = {
+        "D": jax.ShapeDtypeStruct((spec.h, spec.p), jnp.float32),
+        "z": spec.shapes()["x"],
+        "initial_state": jax.ShapeDtypeStruct((spec.b, spec.h, spec.p, spec.n), jnp.float32),
+    }
+    return spec.shapes() | more, {"segment_ids": jax.ShapeDtypeStruct((spec.b, spec.l), jnp.int32)}
+
+
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_lowers_for_tpu(name, everything):
-    spec = SHAPES[name]
-    arrays, options = spec.shapes(), {}
-    if everything:
-        arrays |= {
-            "D": jax.ShapeDtypeStruct((spec.h, spec.p), jnp.float32),
-            "z": arrays["x"],
-            "initial_state": jax.ShapeDtypeStruct((spec.b, spec.h, spec.p, spec.n), jnp.float32),
-        }
-        options = {"segment_ids": jax.ShapeDtypeStruct((spec.b, spec.l), jnp.int32)}
+    def kernels(function):
+        exported = jax.export.export(jax.jit(function), platforms=["tpu"])(*arguments(SHAPES[name], everything))
+        text = exported.mlir_module()
+        found = re.findall('kernel_name = "([a-z_]+)"', text)
+        assert text.count("@tpu_custom_call") == len(found)
+        return found
 
-    def scan(arrays, options):
-        return pk.ssd(**arrays, **options, return_final_state=everything, implementation="pallas_tpu")
+    assert kernels(scan) == ["ssd_forward"]
+    assert kernels(gradient) == ["ssd_forward", "ssd_states", "ssd_backward"]
 
-    def loss(arrays, options):
-        return sum(jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves(scan(arrays, options)))
 
-    exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=["tpu"])(arrays, options)
-    text = exported.mlir_module()
-    assert text.count("@tpu_custom_call") == 3
-    for kernel in ("ssd_forward", "ssd_states", "ssd_backward"):
-        assert f'kernel_name = "{kernel}"' in text
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_compiles_for_tpu(topology, name, monkeypatch):
+    """All that lowering leaves open: vector layouts and the size of VMEM. Needs libtpu, but no TPU."""
+    pytest.importorskip("libtpu")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    there = jax.sharding.SingleDeviceSharding(device)
+    compiled = jax.jit(gradient, in_shardings=there, out_shardings=there)
+    compiled.lower(*arguments(SHAPES[name], everything=True)).compile()

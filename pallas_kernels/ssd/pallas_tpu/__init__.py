@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 
 from pallas_kernels.segments import number_segments
 from pallas_kernels.ssd.discretize import discretize
 from pallas_kernels.ssd.pallas_tpu.backward import gradients
 from pallas_kernels.ssd.pallas_tpu.forward import walk
-from pallas_kernels.ssd.pallas_tpu.layout import Layout, make_layout
+from pallas_kernels.ssd.pallas_tpu.layout import make_layout
 from pallas_kernels.ssd.pallas_tpu.visibility import first_visible_tokens
 
 
@@ -71,7 +71,7 @@ def ssd(
         if "z" in arrays:
             operands["z"] = layout.in_lanes(arrays["z"])
         if "D" in arrays:
-            operands["D"] = _skip_in_lanes(arrays["D"], layout)
+            operands["D"] = layout.skip_in_lanes(arrays["D"])
         if "initial_state" in arrays:
             operands["state"] = layout.state_in_lanes(arrays["initial_state"])
         return operands, {} if segments is None else {"first_visible": first_visible_tokens(segments, layout)}
@@ -118,10 +118,3 @@ def _precision_of_products(dtype, precision) -> lax.Precision:
     if precision is not None and lax.Precision(precision) == lax.Precision.DEFAULT:
         return lax.Precision.DEFAULT
     return lax.Precision.HIGHEST  # also for HIGH, which Mosaic does not know
-
-
-def _skip_in_lanes(D: Array, layout: Layout) -> Array:
-    """D [h] or [h p] -> float32 [1 width]"""
-    D = jnp.broadcast_to(D.astype(jnp.float32).reshape(layout.heads, -1), (layout.heads, layout.head_dim))
-    fill = ((0, 0), (0, layout.head_lanes - layout.head_dim))
-    return jnp.pad(D, fill).reshape(1, layout.width)

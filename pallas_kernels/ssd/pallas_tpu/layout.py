@@ -71,6 +71,11 @@ class Layout:
     def from_lanes(self, a: Array) -> Array:
         return a.reshape(self.batch, self.length, self.heads, self.head_lanes)[..., : self.head_dim]
 
+    def skip_in_lanes(self, D: Array) -> Array:
+        """D [h] or [h p] -> float32 [1 width]"""
+        D = jnp.broadcast_to(D.astype(jnp.float32).reshape(self.heads, -1), (self.heads, self.head_dim))
+        return filled(D, -1, self.head_lanes).reshape(1, self.width)
+
     def grouped(self, a: Array) -> Array:
         """B or C [b l g n] -> [b l g*n]"""
         return filled(a, -1, self.lanes_of_state).reshape(self.batch, self.length, -1)
