@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_divides, check_rank, check_shape
 
-SSD = Op("ssd", "pallas_kernels.ssd", ("reference", "xla", "pallas_gpu", "pallas_tpu"))
+SSD = Op("ssd", "pallas_kernels.ssd", ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton"))
 SSD_STEP = Op("ssd_step", "pallas_kernels.ssd", ("reference", "xla", "pallas_gpu"))
 
 
