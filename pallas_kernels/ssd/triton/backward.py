@@ -53,7 +53,7 @@ def gradients(arrays, cotangents, plan, precision, *, dt_softplus, dt_limit, ret
 
     of_chunks = chunk_gradients(arrays, dy, decays, states, dstates, plan, precision)
     result["x"] = of_chunks["dx"]
-    result["B"], result["C"] = plan.keys(of_chunks["dB"]).astype(B.dtype), plan.keys(of_chunks["dC"]).astype(C.dtype)
+    result["B"], result["C"] = of_chunks["dB"], of_chunks["dC"]
     if "D" in arrays:
         dD = of_chunks["dD"].sum(axis=(0, 1))
         result["D"] = (dD.sum(axis=-1) if arrays["D"].ndim == 1 else dD).astype(arrays["D"].dtype)
@@ -62,16 +62,13 @@ def gradients(arrays, cotangents, plan, precision, *, dt_softplus, dt_limit, ret
 
 
 def chunk_gradients(arrays, dy, decays, states, dstates, plan, precision):
-    """By name: dx [b l h p]; dB, dC [blocks b g chunks Q n]; dd, da [b h chunks Q], of d and d A; dD [b chunks h p]."""
-    x, D = arrays["x"], arrays.get("D")
+    """By name: dx [b l h p]; dB, dC [b l g n]; dd, da [b h chunks Q], of d and d A; dD [b chunks h p]."""
+    x, B, C, D = arrays["x"], arrays["B"], arrays["C"], arrays.get("D")
     batch, chunks, heads, groups, Q = plan.batch, plan.chunks, plan.heads, plan.groups, plan.chunk
-    of_block = jax.ShapeDtypeStruct(
-        (heads // groups // plan.block_heads, batch, groups, chunks, Q, plan.state_size), jnp.float32
-    )
+    grid, sizes = (chunks, heads // plan.block_heads, batch), (plan.length, chunks, heads, groups)
     of_token = jax.ShapeDtypeStruct((batch, heads, chunks, Q), jnp.float32)
     of_chunk = jax.ShapeDtypeStruct((batch, heads, chunks), jnp.float32)
-    visible = {"first_visible": decays["first_visible"]}
-    inputs = {"x": x, "dy": dy, "B": arrays["B"], "C": arrays["C"], "s": decays["s"], "d": decays["d"]}
+    of_block = jax.ShapeDtypeStruct((grid[1] // groups, batch, groups, chunks, Q, plan.state_size), jnp.float32)
     constants = {
         "P": plan.head_dim,
         "N": plan.state_size,
@@ -82,34 +79,59 @@ def chunk_gradients(arrays, dy, decays, states, dstates, plan, precision):
         "PACKED": decays["first_visible"] is not None,
         "PRECISION": precision,
     }
-    grid = (chunks, heads // plan.block_heads, batch)
-    sizes = (plan.length, chunks, heads, groups)
-    reading = launch(
-        "ssd_reading_side",
+
+    def through_states(values, keys, states, reading):
+        return launch(
+            "ssd_gradients_through_states",
+            grid,
+            {
+                "values": values,
+                "keys": keys,
+                "s": decays["s"],
+                "d": decays["d"],
+                "states": states,
+                "dstates": dstates,
+                "first_visible": decays["first_visible"],
+            },
+            sizes,
+            {"dkeys": of_block, "through": of_token, "at_end": of_chunk},
+            warps=4,
+            stages=2,
+            READING=reading,
+            **constants,
+        )
+
+    reading, writing = through_states(dy, C, states, True), through_states(x, B, dstates, False)
+    inside = launch(
+        "ssd_gradients",
         grid,
-        inputs | {"states": states, "dstates": dstates} | visible,
-        sizes,
-        {"dC": of_block, "ds": of_token, "at_end": of_chunk},
-        warps=8,
-        stages=2,
-        **constants,
-    )
-    skip = {"D": None if D is None else by_channel(D, plan)}
-    writing = launch(
-        "ssd_writing_side",
-        grid,
-        inputs | {"dstates": dstates, "ds": reading["ds"], "at_end": reading["at_end"]} | skip | visible,
+        {
+            "x": x,
+            "dy": dy,
+            "B": B,
+            "C": C,
+            "s": decays["s"],
+            "d": decays["d"],
+            "dstates": dstates,
+            "read": reading["through"],
+            "written": writing["through"],
+            "at_end": reading["at_end"],
+            "D": None if D is None else by_channel(D, plan),
+            "first_visible": decays["first_visible"],
+        },
         sizes,
         {
             "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "dB": of_block,
+            "dC": of_block,
             "dd": of_token,
             "da": of_token,
             "dD": jax.ShapeDtypeStruct((batch, chunks, heads, plan.head_dim), jnp.float32),
         },
-        warps=8,
+        warps=4,
         stages=1,
         HAS_D=D is not None,
         **constants,
     )
-    return writing | {"dC": reading["dC"]}
+    dB, dC = plan.keys(inside["dB"] + writing["dkeys"]), plan.keys(inside["dC"] + reading["dkeys"])
+    return inside | {"dB": dB.astype(B.dtype), "dC": dC.astype(C.dtype)}

@@ -52,6 +52,14 @@ def start_of_last(first_visible, Q: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def block_of(block, batch, group, chunk, chunks, heads, groups, HEADS):
+    """The number of a program's tile in [blocks b g chunks], for the block-th HEADS heads of all."""
+    of_group = block % (heads // groups // HEADS)
+    return ((of_group * tl.num_programs(2) + batch) * groups + group) * chunks + chunk
+
+
+@triton.jit
+@no_type_check
 def ssd_states(
     values,
     keys,
@@ -176,11 +184,9 @@ def ssd_outputs(
 
 @triton.jit
 @no_type_check
-def ssd_reading_side(
-    x,
-    dy,
-    B,
-    C,
+def ssd_gradients_through_states(
+    values,
+    keys,
     s,
     d,
     states,
@@ -190,8 +196,8 @@ def ssd_reading_side(
     chunks,
     heads,
     groups,
-    dC,
-    ds,
+    dkeys,
+    through,
     at_end,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -199,59 +205,52 @@ def ssd_reading_side(
     BP: tl.constexpr,
     BN: tl.constexpr,
     HEADS: tl.constexpr,
+    READING: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What belongs to the tokens i that read, for one chunk of HEADS heads of one group: the names are of `backward`.
+    """What reading from the states, or writing to them, adds to the gradients of C, or B, in one chunk.
 
-    dC [blocks b g chunks Q n], the sum over these heads; ds [b h chunks Q], the gradient of s_i as far as it comes from
-    the rows i; at_end [b h chunks], that of s_Q through what is left of the state that enters.
+    Reading: values dy, keys C, the states that enter the chunks. Writing: x, B, the gradients of those that leave them.
+    dkeys [blocks b g chunks Q n] is the sum over HEADS heads of one group; through [b h chunks Q] how much each token
+    reads or writes, weighted by gradients; at_end [b h chunks] the same for what is left of the state that enters.
     """
     chunk, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = block * HEADS
     p, n, q = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     group = first // (heads // groups)
     token, rest = batch * length + chunk * Q, length - chunk * Q
-    keys = tile_of(B + (token * groups + group) * N, groups * N, q, n, rest, N)
-    queries = tile_of(C + (token * groups + group) * N, groups * N, q, n, rest, N)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    dqueries = tl.zeros((Q, BN), tl.float32)
-    dscores = tl.zeros((Q, Q), tl.float32)
-    visible, start = q, 0
-    if PACKED:
-        visible = tl.load(first_visible + (batch * chunks + chunk) * Q + q)
-        start = start_of_last(first_visible + (batch * chunks + chunk) * Q, Q)
+    key = tile_of(keys + (token * groups + group) * N, groups * N, q, n, rest, N)
+    dkey = tl.zeros((Q, BN), tl.float32)
     for head in range(first, first + HEADS):
         one = (batch * heads + head) * chunks + chunk
-        s_q, d_q, s_end = tl.load(s + one * Q + q), tl.load(d + one * Q + q), tl.load(s + one * Q + Q - 1)
-        value = tile_of(x + (token * heads + head) * P, heads * P, q, p, rest, P)
-        dvalue = tile_of(dy + (token * heads + head) * P, heads * P, q, p, rest, P)
-        from_state, kept = tl.exp(s_q), tl.exp(s_end)
-        if PACKED:
-            from_state = tl.where(visible < 0, from_state, 0.0)
-            kept = tl.where(start < 0, kept, 0.0)
-
-        moments = tl.dot(dvalue, tl.trans(value), input_precision=PRECISION)
-        moments *= decays_of(s_q[:, None], s_q[None, :], q[:, None], q[None, :], visible[:, None], PACKED) * d_q[None, :]
-        dscores += moments
-        ds_q = tl.sum(moments * scores, 1)
-
         of_state = ((batch * chunks + chunk) * heads + head) * P * N
-        state, dstate = tile_of(states + of_state, N, p, n, P, N), tile_of(dstates + of_state, N, p, n, P, N)
-        tl.store(at_end + one, kept * tl.sum(state.to(tl.float32) * dstate))
-        read = tl.dot(dvalue, state, input_precision=PRECISION) * from_state[:, None]
-        dqueries += read
-        tl.store(ds + one * Q + q, ds_q + tl.sum(read * queries, 1))
-
-    dqueries = tl.dot(dscores.to(keys.dtype), keys, dqueries, input_precision=PRECISION)
-    blocks = heads // groups // HEADS
-    of_block = (((block % blocks) * tl.num_programs(2) + batch) * groups + group) * chunks + chunk
-    store_tile(dC + of_block * Q * N, N, q, n, Q, N, dqueries)
+        value = tile_of(values + (token * heads + head) * P, heads * P, q, p, rest, P)
+        state = tile_of(states + of_state, N, p, n, P, N)
+        s_q, s_end = tl.load(s + one * Q + q), tl.load(s + one * Q + Q - 1)
+        if READING:
+            factor, kept = tl.exp(s_q), tl.exp(s_end)
+        else:
+            factor = tl.exp(tl.minimum(s_end - s_q, 0.0)) * tl.load(d + one * Q + q)
+        if PACKED:
+            visible = first_visible + (batch * chunks + chunk) * Q
+            start = start_of_last(visible, Q)
+            if READING:
+                factor, kept = tl.where(tl.load(visible + q) < 0, factor, 0.0), tl.where(start < 0, kept, 0.0)
+            else:
+                factor = tl.where(q >= start, factor, 0.0)
+        product = tl.dot(value, state, input_precision=PRECISION) * factor[:, None]
+        dkey += product
+        tl.store(through + one * Q + q, tl.sum(product * key, 1))
+        if READING:
+            dstate = tile_of(dstates + of_state, N, p, n, P, N)
+            tl.store(at_end + one, kept * tl.sum(state.to(tl.float32) * dstate))
+    store_tile(dkeys + block_of(block, batch, group, chunk, chunks, heads, groups, HEADS) * Q * N, N, q, n, Q, N, dkey)
 
 
 @triton.jit
 @no_type_check
-def ssd_writing_side(
+def ssd_gradients(
     x,
     dy,
     B,
@@ -259,7 +258,8 @@ def ssd_writing_side(
     s,
     d,
     dstates,
-    ds,
+    read,
+    written,
     at_end,
     D,
     first_visible,
@@ -269,6 +269,7 @@ def ssd_writing_side(
     groups,
     dx,
     dB,
+    dC,
     dd,
     da,
     dD,
@@ -282,10 +283,11 @@ def ssd_writing_side(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What belongs to the tokens j that write: matrices are [j i]. `ds` and `at_end` come from the reading side.
+    """All other gradients of one chunk of HEADS heads of one group: matrices are [i j], the names those of `backward`.
 
-    dB [blocks b g chunks Q n], the sum over HEADS heads; dd and da [b h chunks Q], the gradients of d and d A;
-    dD [b chunks h p], what the tokens of the chunk contribute.
+    dB, dC [blocks b g chunks Q n] hold what comes from inside the chunk; dd and da [b h chunks Q] are the gradients of
+    d and d A; dD [b chunks h p] is what the tokens of the chunk contribute. read, written and at_end are what
+    `ssd_gradients_through_states` found.
     """
     chunk, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = block * HEADS
@@ -294,8 +296,7 @@ def ssd_writing_side(
     token, rest = batch * length + chunk * Q, length - chunk * Q
     keys = tile_of(B + (token * groups + group) * N, groups * N, q, n, rest, N)
     queries = tile_of(C + (token * groups + group) * N, groups * N, q, n, rest, N)
-    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-    dkeys = tl.zeros((Q, BN), tl.float32)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     dscores = tl.zeros((Q, Q), tl.float32)
     visible, start = q, 0
     if PACKED:
@@ -311,17 +312,10 @@ def ssd_writing_side(
         if PACKED:
             to_end = tl.where(q >= start, to_end, 0.0)
 
-        moments = tl.dot(value, tl.trans(dvalue), input_precision=PRECISION)
-        decays = decays_of(s_q[None, :], s_q[:, None], q[None, :], q[:, None], visible[None, :], PACKED)
-        weights = (decays * scores).to(value.dtype)
-        moments *= decays * d_q[:, None]
-        dscores += moments
-        from_column = tl.sum(moments * scores, 1)
-
-        dkeys += tl.dot(value, dstate, input_precision=PRECISION) * (to_end * d_q)[:, None]
+        decays = decays_of(s_q[:, None], s_q[None, :], q[:, None], q[None, :], visible[:, None], PACKED)
+        weights = decays * scores
         r = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]
-        through_state = d_q * tl.sum(value * r, 1)
-        r = tl.dot(weights, dvalue, r, input_precision=PRECISION)
+        r = tl.dot(tl.trans(weights.to(value.dtype)), dvalue, r, input_precision=PRECISION)
         tl.store(dd + one * Q + q, tl.sum(value * r, 1))
         r *= d_q[:, None]
         if HAS_D:
@@ -331,11 +325,15 @@ def ssd_writing_side(
         store_tile(dx + (token * heads + head) * P, heads * P, q, p, rest, P, r)
 
         # d_t A is a part of all s_i with i >= t, and of all decays up to the end of the chunk.
-        ds_q = tl.load(ds + one * Q + q) - from_column - through_state
-        da_q = tl.cumsum(ds_q, 0, reverse=True) + tl.sum(through_state) + tl.load(at_end + one)
+        moments = tl.dot(dvalue, tl.trans(value), input_precision=PRECISION) * d_q[None, :]
+        dscores += moments * decays
+        moments *= weights
+        written_q = tl.load(written + one * Q + q)
+        ds = tl.sum(moments, 1) - tl.sum(moments, 0) + tl.load(read + one * Q + q) - written_q
+        da_q = tl.cumsum(ds, 0, reverse=True) + tl.sum(written_q) + tl.load(at_end + one)
         tl.store(da + one * Q + q, da_q)
 
-    dkeys = tl.dot(dscores.to(keys.dtype), queries, dkeys, input_precision=PRECISION)
-    blocks = heads // groups // HEADS
-    of_block = (((block % blocks) * tl.num_programs(2) + batch) * groups + group) * chunks + chunk
-    store_tile(dB + of_block * Q * N, N, q, n, Q, N, dkeys)
+    dscores = dscores.to(keys.dtype)
+    of_block = block_of(block, batch, group, chunk, chunks, heads, groups, HEADS) * Q * N
+    store_tile(dB + of_block, N, q, n, Q, N, tl.dot(tl.trans(dscores), queries, input_precision=PRECISION))
+    store_tile(dC + of_block, N, q, n, Q, N, tl.dot(dscores, keys, input_precision=PRECISION))
