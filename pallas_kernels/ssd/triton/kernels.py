@@ -155,23 +155,31 @@ def ssd_outputs(
     p, n, q = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     group = first // (heads // groups)
     token, rest = batch * length + chunk * Q, length - chunk * Q
-    keys = tile_of(B + (token * groups + group) * N, groups * N, q, n, rest, N)
-    queries = tile_of(C + (token * groups + group) * N, groups * N, q, n, rest, N)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    B += (token * groups + group) * N
+    C += (token * groups + group) * N
+    queries = tile_of(C, groups * N, q, n, rest, N)
+    scores = tl.zeros((Q, Q), tl.float32)
+    for k in range(0, N, BN):
+        query, key = tile_of(C + k, groups * N, q, n, rest, N - k), tile_of(B + k, groups * N, q, n, rest, N - k)
+        scores = tl.dot(query, tl.trans(key), scores, input_precision=PRECISION)
     visible = q
     if PACKED:
         visible = tl.load(first_visible + (batch * chunks + chunk) * Q + q)
     for head in range(first, first + HEADS):
         of_chunk = ((batch * heads + head) * chunks + chunk) * Q
         s_q, d_q = tl.load(s + of_chunk + q), tl.load(d + of_chunk + q)
-        state = tile_of(states + ((batch * chunks + chunk) * heads + head) * P * N, N, p, n, P, N)
+        of_state = states + ((batch * chunks + chunk) * heads + head) * P * N
         value = tile_of(x + (token * heads + head) * P, heads * P, q, p, rest, P)
         from_state = tl.exp(s_q)
         if PACKED:
             from_state = tl.where(visible < 0, from_state, 0.0)
         weights = (scores * decays_of(s_q[:, None], s_q[None, :], q[:, None], q[None, :], visible[:, None], PACKED) * d_q[None, :]).to(value.dtype)
-        result = tl.dot(queries, tl.trans(state), input_precision=PRECISION) * from_state[:, None]
-        result = tl.dot(weights, value, result, input_precision=PRECISION)
+        result = tl.zeros((Q, BP), tl.float32)
+        for k in range(0, N, BN):
+            query = queries if BN >= N else tile_of(C + k, groups * N, q, n, rest, N - k)
+            state = tile_of(of_state + k, N, p, n, P, N - k)
+            result = tl.dot(query, tl.trans(state), result, input_precision=PRECISION)
+        result = tl.dot(weights, value, result * from_state[:, None], input_precision=PRECISION)
         if HAS_D:
             result += value * tl.load(D + head * P + p, mask=p < P, other=0.0)[None, :]
         if HAS_Z:
@@ -294,9 +302,13 @@ def ssd_gradients(
     p, n, q = tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
     group = first // (heads // groups)
     token, rest = batch * length + chunk * Q, length - chunk * Q
-    keys = tile_of(B + (token * groups + group) * N, groups * N, q, n, rest, N)
-    queries = tile_of(C + (token * groups + group) * N, groups * N, q, n, rest, N)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    B += (token * groups + group) * N
+    C += (token * groups + group) * N
+    keys = tile_of(B, groups * N, q, n, rest, N)
+    scores = tl.zeros((Q, Q), tl.float32)
+    for k in range(0, N, BN):
+        query, key = tile_of(C + k, groups * N, q, n, rest, N - k), tile_of(B + k, groups * N, q, n, rest, N - k)
+        scores = tl.dot(query, tl.trans(key), scores, input_precision=PRECISION)
     dscores = tl.zeros((Q, Q), tl.float32)
     visible, start = q, 0
     if PACKED:
@@ -307,14 +319,19 @@ def ssd_gradients(
         s_q, d_q, s_end = tl.load(s + one * Q + q), tl.load(d + one * Q + q), tl.load(s + one * Q + Q - 1)
         value = tile_of(x + (token * heads + head) * P, heads * P, q, p, rest, P)
         dvalue = tile_of(dy + (token * heads + head) * P, heads * P, q, p, rest, P)
-        dstate = tile_of(dstates + ((batch * chunks + chunk) * heads + head) * P * N, N, p, n, P, N)
+        of_state = dstates + ((batch * chunks + chunk) * heads + head) * P * N
         to_end = tl.exp(tl.minimum(s_end - s_q, 0.0))
         if PACKED:
             to_end = tl.where(q >= start, to_end, 0.0)
 
         decays = decays_of(s_q[:, None], s_q[None, :], q[:, None], q[None, :], visible[:, None], PACKED)
         weights = decays * scores
-        r = tl.dot(keys, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]
+        r = tl.zeros((Q, BP), tl.float32)
+        for k in range(0, N, BN):
+            key = keys if BN >= N else tile_of(B + k, groups * N, q, n, rest, N - k)
+            dstate = tile_of(of_state + k, N, p, n, P, N - k)
+            r = tl.dot(key, tl.trans(dstate), r, input_precision=PRECISION)
+        r *= to_end[:, None]
         r = tl.dot(tl.trans(weights.to(value.dtype)), dvalue, r, input_precision=PRECISION)
         tl.store(dd + one * Q + q, tl.sum(value * r, 1))
         r *= d_q[:, None]
@@ -335,5 +352,9 @@ def ssd_gradients(
 
     dscores = dscores.to(keys.dtype)
     of_block = block_of(block, batch, group, chunk, chunks, heads, groups, HEADS) * Q * N
-    store_tile(dB + of_block, N, q, n, Q, N, tl.dot(tl.trans(dscores), queries, input_precision=PRECISION))
-    store_tile(dC + of_block, N, q, n, Q, N, tl.dot(dscores, keys, input_precision=PRECISION))
+    for k in range(0, N, BN):
+        query, key = tile_of(C + k, groups * N, q, n, rest, N - k), tile_of(B + k, groups * N, q, n, rest, N - k)
+        dkey = tl.dot(tl.trans(dscores), query, input_precision=PRECISION)
+        dquery = tl.dot(dscores, key, input_precision=PRECISION)
+        store_tile(dB + of_block + k, N, q, n, Q, N - k, dkey)
+        store_tile(dC + of_block + k, N, q, n, Q, N - k, dquery)

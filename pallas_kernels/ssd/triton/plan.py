@@ -1,12 +1,27 @@
 """How the work of the Triton kernels is divided: chunks, tiles and heads for each program, warps."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 WIDEST_HEAD, WIDEST_STATE = 128, 256
 PROGRAMS = 1024  # that a launch should have before a program takes several heads: a few for each multiprocessor
+
+
+class Products(NamedTuple):
+    """How float32 is multiplied, in Triton's words, where both operands lie as they are needed, and where one is turned."""
+
+    straight: str
+    turned: str
+
+
+# Without tensor cores Triton turns an operand very slowly. bf16x6 adds up products of three bfloat16 parts of each
+# operand, 24 bits together: measured as exact as float32.
+FLOAT32 = Products("ieee", "bf16x6")
+FLOAT32_WITHOUT_PARTS = Products("ieee", "ieee")
+TF32 = Products("tf32", "tf32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +36,8 @@ class Plan:
     state_size: int
     chunk: int
     """Tokens of a chunk."""
+    parts: bool
+    """Whether products need so many registers that more threads share a tile, and sums over n are taken in slices."""
 
     @property
     def chunks(self) -> int:
@@ -31,6 +48,18 @@ class Plan:
         """Heads of one group that a program takes: they share the products of B and C."""
         heads, places = self.heads // self.groups, self.batch * self.chunks
         return max(n for n in range(1, 17) if heads % n == 0 and (n == 1 or places * self.heads // n >= PROGRAMS))
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """Constants that all kernels but the first know alike."""
+        return {
+            "P": self.head_dim,
+            "N": self.state_size,
+            "Q": self.chunk,
+            "BP": filled(self.head_dim),
+            "BN": filled(self.state_size),
+            "HEADS": self.block_heads,
+        }
 
     # From arguments to what the kernels read and back.
 
