@@ -7,9 +7,10 @@ One row for each shape of `ssd`, forward:
   where mamba_ssm cannot be imported;
 * floor: every input read and every output written once, at the speed this device copies at. Calls are repeated on the
   same inputs, so small shapes are read from the cache and may pass it;
+* memory: what ours needs besides inputs and outputs, in MB;
 * error: of ours, ||y - truth|| / ||truth|| over the first and the last head against the token recurrence in float64.
 
-With --op ssd_gradient the same for the forward and the backward pass together, without floor and error.
+With --op ssd_gradient the same for the forward and the backward pass together, without error.
 
 With --op ssd_step or mamba2_step one row for each batch of a 2.7B layer, one token of decoding, states in place:
 
@@ -39,7 +40,7 @@ from pallas_kernels.specs import SSDSpec
 SHAPES = ("1x729", "8x729", "1x2048", "8x2048", "1x8192", "4x4096", "1x32768", "1x131072")
 LONGEST_CHECKED = 8192  # tokens; the recurrence takes one step at a time
 BATCHES = (1, 8, 64, 256)
-COLUMNS = ("op", "shape", "dtype", "ours", "xla", "peer", "floor", "% of floor", "error")
+COLUMNS = ("op", "shape", "dtype", "ours", "xla", "peer", "floor", "% of floor", "memory", "error")
 STEP_COLUMNS = ("op", "shape", "state", "ours", "xla", "peer", "floor", "% of floor", "error", "loop ours", "loop xla")
 
 
@@ -101,6 +102,7 @@ def ssd_row(spec: SSDSpec, implementation: str, without: list[str], copy: float)
         "peer": None if "peer" in without else peer_milliseconds(arrays),
         "floor": floor,
         "% of floor": round(100 * floor / milliseconds_ours),
+        "memory": megabytes(ours, arrays),
         "error": ssd_error(ours, arrays) if checked else None,
     }
 
@@ -118,13 +120,21 @@ def ssd_gradient_row(spec: SSDSpec, implementation: str, without: list[str], cop
 
         return run
 
+    ours = forward_and_backward(implementation)
+    arrays_and_dy = arrays | {"dy": dy}
+    milliseconds_ours = milliseconds(ours, arrays_and_dy)
+    # x, dt, B and C read and y written forward; these and dy read, and the gradients written, backward.
+    floor = 1e3 * (3 * ssd_bytes(spec) - dy.nbytes) / copy
     return {
         "op": "ssd_gradient",
         "shape": f"{spec.b}x{spec.l}x{spec.h}x{spec.p} n{spec.n} g{spec.g}",
         "dtype": spec.dtype,
-        "ours": milliseconds(forward_and_backward(implementation), arrays | {"dy": dy}),
-        "xla": None if "xla" in without else milliseconds(forward_and_backward("xla"), arrays | {"dy": dy}),
+        "ours": milliseconds_ours,
+        "xla": None if "xla" in without else milliseconds(forward_and_backward("xla"), arrays_and_dy),
         "peer": None if "peer" in without else peer_milliseconds(arrays, backward=True),
+        "floor": floor,
+        "% of floor": round(100 * floor / milliseconds_ours),
+        "memory": megabytes(ours, arrays_and_dy),
     }
 
 
@@ -177,6 +187,12 @@ def milliseconds(function, arrays: dict[str, jax.Array], repetitions: int = 10) 
             jax.block_until_ready(run(**arrays))
             times.append(1e3 * (time.perf_counter() - started))
     return sorted(times)[len(times) // 2]
+
+
+def megabytes(function, arrays: dict[str, jax.Array]) -> float:
+    """Memory of the compiled call besides its inputs and outputs."""
+    compiled = jax.jit(function).lower(**arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
 def copy_bandwidth() -> float:

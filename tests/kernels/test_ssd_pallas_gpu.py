@@ -19,17 +19,18 @@ from pallas_kernels.ssd import pallas_gpu
 from pallas_kernels.ssd.pallas_gpu import backward, exponents, forward
 from tests.kernels import gradient_emulation, walk_emulation
 from tests.kernels.compare import BOUNDS, assert_close, exactly, named, outputs_and_gradients
-from tests.kernels.ssd_suite import SSDSuite, problem, without
+from tests.kernels.ssd_suite import KernelSSDSuite, problem, without
 
 OPERANDS = ("x", "B", "C", "z")
 
 
 @pytest.mark.gpu
-class TestPallasGPU(SSDSuite):
+class TestPallasGPU(KernelSSDSuite):
     """The kernel multiplies 16-bit operands: float32 problems are handed to it in bfloat16."""
 
     implementation = "pallas_gpu"
     bounds = BOUNDS | {"float32": BOUNDS["bfloat16"]}
+    dtypes = ("bfloat16", "float16")
 
     def ssd(self, **options):
         dtype = options["x"].dtype
@@ -45,6 +46,30 @@ class TestPallasGPU(SSDSuite):
         arrays = problem(b=1, l=4100, h=4, g=1, p=64, n=64)
         self.check(arrays)
         self.check(arrays, segment_ids=ids)
+
+    def test_more_than_2_to_the_31_elements(self):
+        """Both ends of a row whose x does not fit 32 bits, forward and gradient, equal those of a row cut out there."""
+        length, piece, shown = 8208 * 64, 4096, 1024  # what is further away than piece - shown is forgotten
+        spec = SSDSpec(b=1, l=length, h=64, p=64, n=64)
+        assert spec.shapes()["x"].size > 2**31
+        keys = jax.random.split(jax.random.key(0), 4)
+        x, dy, B, C = (
+            jax.random.normal(key, spec.shapes()[name].shape, jnp.bfloat16)
+            for key, name in zip(keys, ("x", "x", "B", "C"), strict=True)
+        )
+        A = jnp.full(64, -1.0)
+
+        @jax.jit
+        def y_and_dx(x, dy, B, C):
+            dt = jnp.full(x.shape[:3], 0.05)
+            y, pullback = jax.vjp(lambda x: pk.ssd(x, dt, A, B, C, implementation=self.implementation), x)
+            return y, *pullback(dy)
+
+        whole = y_and_dx(x, dy, B, C)
+        for start, at in ((0, slice(None, shown)), (length - piece, slice(piece - shown, None))):
+            alone = y_and_dx(*(a[:, start : start + piece] for a in (x, dy, B, C)))
+            actual = [a[:, start : start + piece][:, at] for a in whole]
+            assert_close(named(actual, "y", "dx"), named([a[:, at] for a in alone], "y", "dx"), BOUNDS["bfloat16"])
 
     def test_runs_the_kernel(self):
         shapes = SSD_SPECS["image"].shapes()

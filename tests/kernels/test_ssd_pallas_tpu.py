@@ -22,7 +22,7 @@ import pallas_kernels as pk
 from pallas_kernels.specs import SSD_SPECS, SSDSpec
 from pallas_kernels.ssd.pallas_tpu.layout import VMEM, make_layout, vmem_bytes
 from tests.kernels.compare import BOUNDS, assert_close, jitted, named, on_device, outputs_and_gradients
-from tests.kernels.ssd_suite import SSDSuite, problem, without
+from tests.kernels.ssd_suite import KernelSSDSuite, problem, without
 from tests.kernels.test_ssd import equations
 
 
@@ -47,11 +47,12 @@ def ssd(**options):
 
 
 @pytest.mark.tpu
-class TestPallasTPU(SSDSuite):
+class TestPallasTPU(KernelSSDSuite):
     """float16 problems are handed to the kernel in bfloat16. Interpreted where there is no TPU, which takes long."""
 
     implementation = "pallas_tpu"
     bounds = BOUNDS | {"float16": BOUNDS["bfloat16"]}
+    dtypes = ("float32", "bfloat16")
 
     @pytest.fixture(autouse=True)
     def where(self, request):

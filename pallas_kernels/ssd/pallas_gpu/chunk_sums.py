@@ -22,21 +22,22 @@ def over_chunks(body, inputs: dict, shape: tuple[int, ...], name: str):
     """
     lead = next(iter(inputs.values())).shape[:3]
     total = math.prod(lead)
-    tiles = -(-total // CHUNK)
+    filled = max(total, CHUNK)
 
     def flat(a):
         a = a.reshape(total, *a.shape[3:])
-        return jnp.pad(a, ((0, tiles * CHUNK - total), *((0, 0),) * (a.ndim - 1)))
+        return jnp.pad(a, ((0, filled - total), *((0, 0),) * (a.ndim - 1)))
 
     def kernel(*refs, ones):
-        tile = pl.ds(lax.axis_index("tile") * CHUNK, CHUNK)
+        # The last tile begins earlier where it would not be full: two blocks then write the same numbers.
+        tile = pl.ds(jnp.minimum(lax.axis_index("tile") * CHUNK, filled - CHUNK), CHUNK)
         body(dict(zip(inputs, refs[:-1], strict=True)), refs[-1], tile, ones)
 
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((tiles * CHUNK, *shape), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((filled, *shape), jnp.float32),
         scratch_types={"ones": operand(jnp.bfloat16, CHUNK, CHUNK)},
-        grid=(tiles,),
+        grid=(-(-filled // CHUNK),),
         grid_names=("tile",),
         kernel_name=name,
         compiler_params=COMPILER_PARAMS,  # the one buffer is written once
