@@ -29,9 +29,10 @@ from tests.kernels.test_ssd import equations
 @pytest.fixture
 def quickly_compiled():
     """The interpreter's programs take longer to optimize than to run."""
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
