@@ -268,11 +268,12 @@ class Answer:
 
 
 class Chat:
-    """A conversation in several turns, about an image or about nothing in particular.
+    """A conversation in several turns, about images or about nothing in particular.
 
         chat = Chat(model, params, tokenizer)
         chat.ask("What is in the picture?", "cat.png")
         chat.ask("What colour is it?")
+        chat.ask("And what is in this one?", "dog.png")
 
     Only the new turn is read each time: what came before is in the recurrent state, whose size never grows. The answers
     are those of the whole conversation read afresh.
@@ -320,27 +321,27 @@ class Chat:
         A stop string is no part of the answer, but the conversation has read it.
 
         Args:
-            image: file name, `PIL.Image` or uint8 pixels [y x 3]; only with the first question.
+            image: file name, `PIL.Image` or uint8 pixels [y x 3]; its visual tokens stand before the question.
 
         Raises:
-            InputError: an image after the first question, or one that cannot be read. NonFiniteError: NaN or infinity.
+            InputError: an image that cannot be read or that the model cannot see. NonFiniteError: NaN or infinity.
         """
-        if image is not None and self.turns:
-            raise InputError(
-                "image: got one in the middle of a conversation, expected it with the first question; call reset first"
-            )
         turns = [*self.turns, Turn("human", text)]
-        ids = self._tokenizer.encode(render(turns, self._model.config.prompt_format)[-1].text)
-        if self.turns:  # the answer before ends with the end of a turn, which was at best chosen, but never read
-            ids = [self._end_id, *ids]
+        ids, state = self._tokenizer.encode(render(turns, self._model.config.prompt_format)[-1].text), self.state
+        end = [self._end_id] if self.turns else []  # of the answer before: at best it was chosen, but never read
+        if image is not None and end:
+            state = read(self._model, self._params, *pad_rows([end], self._end_id), state=state).state
+            before = [*self.ids, *end]
+        else:
+            ids, before = [*end, *ids], self.ids
         answer = Answer(
             self._model,
             self._params,
             self._tokenizer,
             ids,
             image,
-            state=self.state,
-            before=self.ids,
+            state=state,
+            before=before,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
@@ -351,7 +352,7 @@ class Chat:
             yield from answer
         finally:
             self.turns = [*turns, Turn("gpt", answer.text)]
-            self.ids = [*self.ids, *ids, *answer.ids]
+            self.ids = [*before, *ids, *answer.ids]
             self.answer_ids, self.state = answer.ids, answer.state
 
 

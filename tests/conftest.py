@@ -8,6 +8,7 @@ import os
 import pytest
 
 # Before JAX starts its backends, which happens at the first array.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nothing is left in the user's cache folder
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 ACCELERATORS = ("gpu", "tpu")
