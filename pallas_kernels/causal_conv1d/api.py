@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_rank, check_shape
 
-CAUSAL_CONV1D = Op("causal_conv1d", "pallas_kernels.causal_conv1d", ("reference", "xla"))
+CAUSAL_CONV1D = Op("causal_conv1d", "pallas_kernels.causal_conv1d", ("reference", "xla", "pallas_gpu"))
 
 Activation = Literal["silu"] | None
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_divides, check_shape
 
-GATED_RMS_NORM = Op("gated_rms_norm", "pallas_kernels.gated_rms_norm", ("reference", "xla"))
+GATED_RMS_NORM = Op("gated_rms_norm", "pallas_kernels.gated_rms_norm", ("reference", "xla", "pallas_gpu"))
 
 
 def gated_rms_norm(

@@ -28,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import PROCESSORS, load
 from pallas_kernels.segments import number_segments
 from pallas_kernels.ssd.pallas_gpu import exponents, forward
 from pallas_kernels.ssd.pallas_gpu.boundaries import boundary_states
@@ -38,11 +39,9 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     COLUMNS,
     COMPILER_PARAMS,
     MATRIX,
-    PROCESSORS,
     ROWS,
     columns,
     keep_filled,
-    load,
     operand,
     rows,
     square,

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import load
 from pallas_kernels.ssd.pallas_gpu.exponents import FROM_STATE, WRITTEN
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
@@ -25,7 +26,6 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     MATRIX,
     ROWS,
     keep_filled,
-    load,
     operand,
     rows,
     square,

@@ -14,10 +14,11 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.hopper import load
 from pallas_kernels.segments import number_segments
 from pallas_kernels.ssd.discretize import discretize
 from pallas_kernels.ssd.pallas_gpu.chunk_sums import over_chunks, positions, product_with_ones
-from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, MATRIX, ROWS, load, rows
+from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, MATRIX, ROWS, rows
 
 
 def prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, chunks: int):

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import PROCESSORS, load
 from pallas_kernels.ssd.pallas_gpu.exponents import prepare, start_of_sequence
 from pallas_kernels.ssd.pallas_gpu.slices import Slices
 from pallas_kernels.ssd.pallas_gpu.tiles import (
@@ -27,12 +28,10 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     COLUMNS,
     COMPILER_PARAMS,
     MATRIX,
-    PROCESSORS,
     ROWS,
     SHARED_MEMORY,
     columns,
     keep_filled,
-    load,
     operand,
     rows,
     square,
