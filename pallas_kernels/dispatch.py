@@ -13,17 +13,21 @@ Who runs is decided while tracing:
   elsewhere.
 * a tuple of names: the first that takes the arguments.
 
-`explain` returns the decision with the reason for every backend that was not chosen.
+`explain` returns the decision with the reason for every backend that was not chosen. Inside `use_mesh` all of this
+happens on every device, for its part of the arguments (`pallas_kernels.sharded`).
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 
 import jax
+
+from pallas_kernels import sharded
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton")
 
@@ -71,15 +75,36 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A kernel with several backends: `package` holds one module for each name in `backends`."""
+    """A kernel with several backends: `package` holds one module for each name in `backends`.
+
+    `axes` are the axis letters of its array arguments, in their order, and `outputs(arguments)` those of its results:
+    how it is split over a mesh. A `sequential` op, whose tokens see earlier ones, has a further module `sequence` for
+    a split sequence.
+    """
 
     name: str
     package: str
     backends: tuple[str, ...]
+    axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outputs: Callable[[Mapping], str | tuple[str, ...]] | None = None
+    sequential: bool = False
 
     def __call__(self, implementation: Implementation, *args, **kwargs):
-        """Run the chosen backend on `args` and `kwargs`."""
+        """Run the chosen backend on `args` and `kwargs`; inside `use_mesh`, on every device's part of them."""
+        split = sharded.current()
+        if split is None:
+            return self._run(implementation, *args, **kwargs)
+        run = functools.partial(self._run, implementation)
+        if self.sequential and split.sequence:
+            run = functools.partial(getattr(self._module("sequence"), self.name), run, split.sequence)
+        arguments = self._by_name(args, kwargs)
+        return split.run(run, arguments, self.axes, self.outputs(arguments))
+
+    def _run(self, implementation: Implementation, *args, **kwargs):
         return getattr(self._module(self.choose(implementation, *args, **kwargs)), self.name)(*args, **kwargs)
+
+    def _by_name(self, args: tuple, kwargs: dict) -> dict:
+        return dict(zip(self.axes, args, strict=False)) | kwargs
 
     def choose(self, implementation: Implementation, *args, **kwargs) -> str:
         """The name of the backend that `implementation` (see the module's docstring) stands for.
@@ -96,6 +121,9 @@ class Op:
 
     def explain(self, *args, implementation: Implementation = None, **kwargs) -> Explanation:
         """What `choose` would do, as a value. Without arguments only the device and the imports are judged."""
+        split = sharded.current()
+        if split is not None and (args or kwargs):
+            return self._explain_part(split, implementation, self._by_name(args, kwargs))
         chosen, reasons = self._decide(implementation, args, kwargs)
         automatic = _asked_for(implementation) is None
         for name in IMPLEMENTATIONS:
@@ -103,6 +131,18 @@ class Op:
                 reason = self._why_not(name, args, kwargs, automatic=True)
                 reasons[name] = reason or _why_passed_over(name, chosen, automatic)
         return Explanation(self.name, jax.default_backend(), chosen, reasons)
+
+    def _explain_part(self, split: sharded.Split, implementation: Implementation, arguments: dict) -> Explanation:
+        arrays = {name: a for name, a in arguments.items() if name in self.axes}
+        constants = {name: a for name, a in arguments.items() if name not in arrays}
+        found = []
+
+        def part(**arguments):
+            found.append(self.explain(implementation=implementation, **arguments))
+            return ()
+
+        jax.eval_shape(lambda arrays: split.run(part, arrays | constants, self.axes, ()), arrays)
+        return found[0]
 
     def _decide(self, implementation: Implementation, args: tuple, kwargs: dict) -> tuple[str | None, dict[str, str]]:
         asked_for = _asked_for(implementation)

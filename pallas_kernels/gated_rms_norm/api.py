@@ -1,12 +1,22 @@
 """RMS norm with a SiLU gate, as between the scan and the output projection of Mamba-2."""
 
+import contextlib
+
 from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_divides, check_shape
+from pallas_kernels.sharded import current, use_mesh
 
-GATED_RMS_NORM = Op("gated_rms_norm", "pallas_kernels.gated_rms_norm", ("reference", "xla"))
+ROWS = {2: "b c", 3: "b l c", 4: "k b l c"}
+GATED_RMS_NORM = Op(
+    "gated_rms_norm",
+    "pallas_kernels.gated_rms_norm",
+    ("reference", "xla"),
+    axes={"x": "|".join(ROWS.values()), "z": "|".join(ROWS.values()), "weight": "c"},
+    outputs=lambda arguments: ROWS[arguments["x"].ndim],
+)
 
 
 def gated_rms_norm(
@@ -22,7 +32,8 @@ def gated_rms_norm(
     """rms_norm(x * silu(z)) * weight, or with `norm_before_gate` rms_norm(x) * weight * silu(z).
 
     The mean square runs over groups of `group_size` neighbouring channels (default: all). Computed in float32,
-    returned in the dtype of x.
+    returned in the dtype of x. Inside `use_mesh` the axes are [b c], [b l c] or [k b l c]; a group of channels that lies
+    on several devices is left to XLA, which adds its parts up.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -31,6 +42,9 @@ def gated_rms_norm(
     check_shape("weight", weight, "c", x.shape[-1:])
     if group_size is not None:
         check_divides("group_size", group_size, "channels", x.shape[-1])
-    return GATED_RMS_NORM(
-        implementation, x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
-    )
+    split = current()
+    groups = x.shape[-1] // (group_size or x.shape[-1])
+    with use_mesh(None) if split and groups % split.parts("c") else contextlib.nullcontext():
+        return GATED_RMS_NORM(
+            implementation, x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
+        )

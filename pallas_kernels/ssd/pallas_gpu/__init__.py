@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gradients import with_gradient, with_gradient_of
+from pallas_kernels.sharded import on_one_device
 from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.pallas_gpu import backward, forward, step
 
@@ -18,8 +19,8 @@ def why_not_here() -> str | None:
     capability = str(getattr(device, "compute_capability", "unknown"))
     if not capability.startswith("9."):
         return f"needs a CUDA device of compute capability 9.x, {device.device_kind} has {capability}"
-    if len(jax.devices()) > 1:
-        return "several devices: XLA cannot split the kernel over a mesh by itself; name it inside shard_map"
+    if len(jax.devices()) > 1 and not on_one_device():
+        return "several devices: XLA cannot split the kernel over a mesh by itself; call it inside use_mesh"
     return None
 
 
