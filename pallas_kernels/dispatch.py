@@ -77,34 +77,36 @@ class Explanation:
 class Op:
     """A kernel with several backends: `package` holds one module for each name in `backends`.
 
-    `axes` are the axis letters of its array arguments, in their order, and `outputs(arguments)` those of its results:
-    how it is split over a mesh. A `sequential` op, whose tokens see earlier ones, has a further module `sequence` for
-    a split sequence.
+    How it is split over a mesh follows from `axes` and `outputs`, the axis letters of its array arguments, in their
+    order, and of its results; see `pallas_kernels.sharded`. Where `can_split(split, arguments)` is false it is left to
+    XLA. A `sequential` op, whose tokens see earlier ones, has a further module `sequence` for a split sequence.
     """
 
     name: str
     package: str
     backends: tuple[str, ...]
     axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    outputs: Callable[[Mapping], str | tuple[str, ...]] | None = None
+    outputs: sharded.Outputs = lambda arguments, forms: ()
+    can_split: Callable[[sharded.Split, Mapping], bool] = lambda split, arguments: True
     sequential: bool = False
 
     def __call__(self, implementation: Implementation, *args, **kwargs):
         """Run the chosen backend on `args` and `kwargs`; inside `use_mesh`, on every device's part of them."""
-        split = sharded.current()
-        if split is None:
-            return self._run(implementation, *args, **kwargs)
+        split, arguments = self._split(args, kwargs)
         run = functools.partial(self._run, implementation)
+        if split is None:
+            return run(*args, **kwargs)
         if self.sequential and split.sequence:
             run = functools.partial(getattr(self._module("sequence"), self.name), run, split.sequence)
-        arguments = self._by_name(args, kwargs)
-        return split.run(run, arguments, self.axes, self.outputs(arguments))
+        return split.run(run, arguments, self.axes, self.outputs)
 
     def _run(self, implementation: Implementation, *args, **kwargs):
         return getattr(self._module(self.choose(implementation, *args, **kwargs)), self.name)(*args, **kwargs)
 
-    def _by_name(self, args: tuple, kwargs: dict) -> dict:
-        return dict(zip(self.axes, args, strict=False)) | kwargs
+    def _split(self, args: tuple, kwargs: dict) -> tuple[sharded.Split | None, dict]:
+        """How the arguments are to be split, if at all, and the arguments by name."""
+        split, arguments = sharded.current(), dict(zip(self.axes, args, strict=False)) | kwargs
+        return (split if split and arguments and self.can_split(split, arguments) else None), arguments
 
     def choose(self, implementation: Implementation, *args, **kwargs) -> str:
         """The name of the backend that `implementation` (see the module's docstring) stands for.
@@ -121,9 +123,9 @@ class Op:
 
     def explain(self, *args, implementation: Implementation = None, **kwargs) -> Explanation:
         """What `choose` would do, as a value. Without arguments only the device and the imports are judged."""
-        split = sharded.current()
-        if split is not None and (args or kwargs):
-            return self._explain_part(split, implementation, self._by_name(args, kwargs))
+        split, arguments = self._split(args, kwargs)
+        if split is not None:
+            return self._explain_part(split, implementation, arguments)
         chosen, reasons = self._decide(implementation, args, kwargs)
         automatic = _asked_for(implementation) is None
         for name in IMPLEMENTATIONS:
@@ -141,7 +143,7 @@ class Op:
             found.append(self.explain(implementation=implementation, **arguments))
             return ()
 
-        jax.eval_shape(lambda arrays: split.run(part, arrays | constants, self.axes, ()), arrays)
+        jax.eval_shape(lambda arrays: split.run(part, arrays | constants, self.axes, lambda *_: ()), arrays)
         return found[0]
 
     def _decide(self, implementation: Implementation, args: tuple, kwargs: dict) -> tuple[str | None, dict[str, str]]:

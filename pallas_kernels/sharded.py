@@ -23,9 +23,10 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 MeshAxes = str | Sequence[str] | None
+Outputs = Callable[[Mapping, Mapping[str, str]], str | tuple[str, ...]]
 
 SPLIT_BY = {"b": "batch", "l": "sequence", "h": "heads", "g": "heads", "c": "heads"}
-NAMES = {"b": "batch", "l": "tokens", "h": "heads", "g": "groups", "c": "channels"}
+NAMES = {"b": "rows", "l": "tokens", "h": "heads", "g": "groups", "c": "channels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Split:
         """Into how many parts the axis `letter` is split."""
         return math.prod(self.mesh.shape[name] for name in self.over(letter))
 
-    def run(self, function: Callable, arguments: Mapping, axes: Mapping[str, str], outputs: str | tuple[str, ...]):
+    def run(self, function: Callable, arguments: Mapping, axes: Mapping[str, str], outputs: Outputs):
         """`function(**arguments)` on every device's part of the arguments.
 
         Args:
             axes: of each array among the arguments, the letters of its axes: "b l h p"; "h|h p" if there are several
                 forms, told apart by their number of axes. An axis "hp+gn+gn" holds h*p, g*n and g*n channels one
                 after the other, each of them split by its first letter.
-            outputs: the letters of what `function` returns.
+            outputs: the letters of what `function` returns, from the arguments and the forms of the arrays among them.
 
         Raises:
             ValueError: an axis that cannot be split into equal parts.
@@ -63,16 +64,16 @@ class Split:
         sizes = {
             letter: size
             for name, a in arrays.items()
-            for letter, size in zip(forms[name], a.shape, strict=True)
+            for letter, size in zip(forms[name].split(), a.shape, strict=True)
             if len(letter) == 1
         }
         self._check(sizes)
 
-        def spec(form: Sequence[str]) -> P:
+        def spec(form: str) -> P:
             split = {letter: self.over(letter) for letter in sizes}
             if sizes.get("g") == 1:
                 split["g"] = ()
-            return P(*(split.get(axis[0]) or None for axis in form))
+            return P(*(split.get(axis[0]) or None for axis in form.split()))
 
         def body(parts: dict):
             whole = {name: _join(forms[name], part) for name, part in parts.items()}
@@ -80,7 +81,7 @@ class Split:
 
         specs = {name: [spec(section) for section in _sections(form)] for name, form in forms.items()}
         parts = {name: _cut(forms[name], a, sizes) for name, a in arrays.items()}
-        results = spec(outputs.split()) if isinstance(outputs, str) else tuple(spec(o.split()) for o in outputs)
+        results = jax.tree.map(spec, outputs(arguments, forms))
         # Without check_vma, which kernels cannot state, JAX sums the gradient of every replicated argument. Compiled,
         # because jax.checkpoint inside of shard_map has to be.
         return jax.jit(jax.shard_map(body, mesh=self.mesh, in_specs=(specs,), out_specs=results, check_vma=False))(
@@ -148,31 +149,31 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
-def _form(forms: str, name: str, a) -> list[str]:
+def _form(forms: str, name: str, a) -> str:
     """The one of several forms of an argument that has as many axes as `a`."""
     for form in forms.split("|"):
         if len(form.split()) == a.ndim:
-            return form.split()
+            return form
     raise ValueError(f"use_mesh: got {name} of shape {tuple(a.shape)}, expected [{forms.replace('|', '] or [')}]")
 
 
-def _sections(form: Sequence[str]) -> list[list[str]]:
-    """The forms of the sections of an array: ["k", "hp+gn", "w"] -> [["k", "hp", "w"], ["k", "gn", "w"]]."""
-    number = max(len(axis.split("+")) for axis in form) if form else 1
-    return [[axis.split("+")[i] if "+" in axis else axis for axis in form] for i in range(number)]
+def _joined(form: str) -> tuple[int, list[str]]:
+    """Which axis holds several sections one after the other, and these: "k hp+gn w" -> 1, ["hp", "gn"]."""
+    return next(((i, axis.split("+")) for i, axis in enumerate(form.split()) if "+" in axis), (0, []))
 
 
-def _joined_axis(form: Sequence[str]) -> int | None:
-    return next((i for i, axis in enumerate(form) if "+" in axis), None)
+def _sections(form: str) -> list[str]:
+    """The form of each section: "k hp+gn w" -> ["k hp w", "k gn w"]."""
+    _, sections = _joined(form)
+    return [form.replace("+".join(sections), section) for section in sections] or [form]
 
 
-def _cut(form: Sequence[str], a, sizes: Mapping[str, int]) -> list:
-    axis = _joined_axis(form)
-    if axis is None:
-        return [a]
-    widths = [math.prod(sizes[letter] for letter in section) for section in form[axis].split("+")]
-    return jnp.split(a, np.cumsum(widths)[:-1], axis=axis)
+def _cut(form: str, a, sizes: Mapping[str, int]) -> list:
+    axis, sections = _joined(form)
+    widths = [math.prod(sizes[letter] for letter in section) for section in sections]
+    return jnp.split(a, np.cumsum(widths)[:-1], axis=axis) if sections else [a]
 
 
-def _join(form: Sequence[str], sections: list):
-    return sections[0] if len(sections) == 1 else jnp.concatenate(sections, axis=_joined_axis(form))
+def _join(form: str, sections: list):
+    axis, _ = _joined(form)
+    return sections[0] if len(sections) == 1 else jnp.concatenate(sections, axis=axis)

@@ -13,7 +13,7 @@ CAUSAL_CONV1D = Op(
     "pallas_kernels.causal_conv1d",
     ("reference", "xla"),
     axes={"x": "b l c", "weight": "c w", "bias": "c", "initial_state": "b w c", "segment_ids": "b l"},
-    outputs=lambda arguments: ("b l c", "b w c") if arguments["return_final_state"] else "b l c",
+    outputs=lambda arguments, _: ("b l c", "b w c") if arguments["return_final_state"] else "b l c",
     sequential=True,
 )
 

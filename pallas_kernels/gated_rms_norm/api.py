@@ -1,21 +1,29 @@
 """RMS norm with a SiLU gate, as between the scan and the output projection of Mamba-2."""
 
-import contextlib
+from collections.abc import Mapping
 
 from jax import Array
 from jaxtyping import Float
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_divides, check_shape
-from pallas_kernels.sharded import current, use_mesh
+from pallas_kernels.sharded import Split
 
-ROWS = {2: "b c", 3: "b l c", 4: "k b l c"}
+
+def _groups_stay_whole(split: Split, arguments: Mapping) -> bool:
+    channels = arguments["x"].shape[-1]
+    groups = channels // (arguments.get("group_size") or channels)
+    return groups % split.parts("c") == 0
+
+
+ROWS = "b c|b l c|k b l c"
 GATED_RMS_NORM = Op(
     "gated_rms_norm",
     "pallas_kernels.gated_rms_norm",
     ("reference", "xla"),
-    axes={"x": "|".join(ROWS.values()), "z": "|".join(ROWS.values()), "weight": "c"},
-    outputs=lambda arguments: ROWS[arguments["x"].ndim],
+    axes={"x": ROWS, "z": ROWS, "weight": "c"},
+    outputs=lambda _, forms: forms["x"],
+    can_split=_groups_stay_whole,
 )
 
 
@@ -42,9 +50,6 @@ def gated_rms_norm(
     check_shape("weight", weight, "c", x.shape[-1:])
     if group_size is not None:
         check_divides("group_size", group_size, "channels", x.shape[-1])
-    split = current()
-    groups = x.shape[-1] // (group_size or x.shape[-1])
-    with use_mesh(None) if split and groups % split.parts("c") else contextlib.nullcontext():
-        return GATED_RMS_NORM(
-            implementation, x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
-        )
+    return GATED_RMS_NORM(
+        implementation, x, z, weight, eps=eps, group_size=group_size, norm_before_gate=norm_before_gate
+    )

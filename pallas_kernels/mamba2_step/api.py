@@ -14,15 +14,13 @@ from pallas_kernels.shapes import check_rank, check_shape
 from pallas_kernels.sharded import current
 from pallas_kernels.ssd.api import ssd_step
 
-CONV_STATES = {3: "b w c", 4: "k b w c"}
-SSM_STATES = {4: "b h p n", 5: "k b h p n"}
 MAMBA2_STEP = Op(
     "mamba2_step",
     "pallas_kernels.mamba2_step",
     ("reference", "xla", "pallas_gpu"),
     axes={
-        "conv_state": "|".join(CONV_STATES.values()),
-        "ssm_state": "|".join(SSM_STATES.values()),
+        "conv_state": "b w c|k b w c",
+        "ssm_state": "b h p n|k b h p n",
         "zxbcdt": "b e",
         "conv_weight": "c w",
         "A": "h",
@@ -32,11 +30,8 @@ MAMBA2_STEP = Op(
         "norm_weight": "c",
         "layer": "",
     },
-    outputs=lambda arguments: (
-        "b c",
-        CONV_STATES[arguments["conv_state"].ndim],
-        SSM_STATES[arguments["ssm_state"].ndim],
-    ),
+    outputs=lambda _, forms: ("b c", forms["conv_state"], forms["ssm_state"]),
+    can_split=lambda split, _: split.parts("h") == 1,  # heads lie apart in the channels of zxbcdt
 )
 
 

@@ -23,7 +23,7 @@ SSD = Op(
         "initial_state": "b h p n",
         "segment_ids": "b l",
     },
-    outputs=lambda arguments: ("b l h p", "b h p n") if arguments["return_final_state"] else "b l h p",
+    outputs=lambda arguments, _: ("b l h p", "b h p n") if arguments["return_final_state"] else "b l h p",
     sequential=True,
 )
 SSD_STEP = Op(
@@ -41,7 +41,7 @@ SSD_STEP = Op(
         "z": "b h p",
         "dt_bias": "h",
     },
-    outputs=lambda _: ("b h p", "b h p n"),
+    outputs=lambda *_: ("b h p", "b h p n"),
 )
 
 

@@ -27,7 +27,7 @@ VISUAL_SCAN = Op(
         "conv_weight": "k hp+gn+gn w",
         "conv_bias": "k hp+gn+gn",
     },
-    outputs=lambda arguments: "b t h p" if arguments["merge"] else "k b t h p",
+    outputs=lambda arguments, _: "b t h p" if arguments["merge"] else "k b t h p",
 )
 
 
