@@ -13,13 +13,14 @@ The kernel sees one device's shapes and no mesh, and who runs is chosen there, s
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MeshAxes = str | Sequence[str] | None
@@ -46,6 +47,10 @@ class Split:
         """Into how many parts the axis `letter` is split."""
         return math.prod(self.mesh.shape[name] for name in self.over(letter))
 
+    def spec(self, form: str, whole: str = "") -> P:
+        """How an array whose axes are `form` is split; the axes in `whole` are not."""
+        return P(*(None if axis[0] in whole else self.over(axis[0]) or None for axis in form.split()))
+
     def run(self, function: Callable, arguments: Mapping, axes: Mapping[str, str], outputs: Outputs):
         """`function(**arguments)` on every device's part of the arguments.
 
@@ -69,11 +74,7 @@ class Split:
         }
         self._check(sizes)
 
-        def spec(form: str) -> P:
-            split = {letter: self.over(letter) for letter in sizes}
-            if sizes.get("g") == 1:
-                split["g"] = ()
-            return P(*(split.get(axis[0]) or None for axis in form.split()))
+        spec = functools.partial(self.spec, whole="g" if sizes.get("g") == 1 else "")
 
         def body(parts: dict):
             whole = {name: _join(forms[name], part) for name, part in parts.items()}
@@ -115,8 +116,8 @@ def use_mesh(
     Decided while tracing, as `use_implementation` is. Inside a `jax.shard_map` the block has no effect.
 
     Raises:
-        ValueError: a name that is no axis of the mesh, or one that is used twice. By the kernels: a batch, heads,
-            groups, channels or tokens that the mesh does not divide.
+        ValueError: a name that is no axis of the mesh, or one that is used twice; mesh axes whose type is not Auto. By
+            the kernels: a batch, heads, groups, channels or tokens that the mesh does not divide.
     """
     split = None
     if mesh is not None:
@@ -127,11 +128,26 @@ def use_mesh(
                 f"use_mesh: got batch={split.batch}, heads={split.heads}, sequence={split.sequence}, "
                 f"expected different ones of the mesh axes {mesh.axis_names}"
             )
+        if any(kind != AxisType.Auto for kind in mesh.axis_types):
+            raise ValueError(
+                f"use_mesh: got mesh axes of types {mesh.axis_types}, expected AxisType.Auto; "
+                "give them to jax.make_mesh as axis_types"
+            )
     token = _split.set(split)
     try:
         yield
     finally:
         _split.reset(token)
+
+
+def keep_split(a: jax.Array, axes: str) -> jax.Array:
+    """`a`, whose axis letters are `axes`, which XLA is to keep split as the kernels inside `use_mesh` are.
+
+    For what lies between kernels, as the residual of a model: left to itself, XLA may split its channels as it finds
+    them in the weights, and gather it at the next kernel. Outside of `use_mesh` this is `a`.
+    """
+    split = current()
+    return a if split is None else jax.lax.with_sharding_constraint(a, NamedSharding(split.mesh, split.spec(axes)))
 
 
 def current() -> Split | None:

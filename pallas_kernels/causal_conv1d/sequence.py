@@ -31,8 +31,6 @@ def causal_conv1d(
             f"use_mesh: got pieces of {length} tokens, expected at least the {reach} that a convolution of width "
             f"{reach + 1} looks back; choose fewer pieces"
         )
-    if not reach:
-        return run(x=x, weight=weight, segment_ids=segment_ids, return_final_state=return_final_state, **arguments)
 
     def from_the_left(a):
         return lax.ppermute(a[:, length - reach :], axis, [(i, i + 1) for i in range(pieces - 1)])

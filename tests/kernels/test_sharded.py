@@ -94,6 +94,12 @@ def test_op(op, arrays, options, data, tensor):
     check(functools.partial(getattr(pk, op), **options), arrays, data, tensor)
 
 
+def test_the_step_of_split_heads_runs_a_kernel():
+    arrays = {name: jnp.asarray(a) for name, a in mamba2_step_suite.problem(b=4, g=1).items()}
+    with split(2, 4):
+        assert "shard_map" in str(jax.make_jaxpr(lambda arrays: pk.mamba2_step(**arrays))(arrays))
+
+
 def test_compiled_for_nobody():
     """Without jax.jit around it, and differentiated so."""
     arrays = {name: jnp.asarray(a) for name, a in problem(b=2, l=3).items()}
@@ -128,6 +134,15 @@ def test_nothing_but_sums_of_gradients_is_moved():
     gradient = jax.jit(jax.grad(loss)).lower(arrays).compile()
     assert collectives(gradient.as_text()) == {"all-reduce"}
     assert gradient.output_shardings["x"].is_equivalent_to(arrays["x"].sharding, 4)
+
+
+def test_what_lies_between_is_kept_split():
+    mesh, a = mesh_of(data=4, tensor=2), jnp.ones((4, 6))
+    with pk.use_mesh(mesh, batch="data", heads="tensor"):
+        for axes, spec in {"b d": P("data"), "l h": P(None, "tensor"), "k d": P()}.items():
+            kept = jax.jit(lambda a, axes=axes: pk.keep_split(a, axes))(a)
+            assert kept.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    assert pk.keep_split(a, "b d") is a
 
 
 # Who runs.
@@ -230,6 +245,13 @@ def test_wrong_mesh_axes(axes):
     with pytest.raises(ValueError, match=message), pk.use_mesh(mesh_of(data=8), **axes):
         pass
     assert sharded.current() is None
+
+
+def test_explicit_meshes():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    message = "got mesh axes of types .*Explicit.*, expected AxisType.Auto"
+    with pytest.raises(ValueError, match=message), pk.use_mesh(mesh, batch="data"):
+        pass
 
 
 def test_the_block_ends_with_an_error():
