@@ -156,6 +156,7 @@ class Mamba2Block(nn.Module):
         self, carry: tuple[Hidden, MambaState | None], layer: Int[Array, ""], segment_ids: SegmentIds | None
     ) -> tuple[tuple[Hidden, MambaState | None], None]:
         residual, state = carry
+        residual = pk.keep_split(residual, "b l d")
         u = rms_norm(self.config.norm_eps, name="norm", dtype=self.dtype)(residual)
         mixer = Mamba2Mixer(self.config.mixer, self.config.n_layers, self.dtype, name="mixer")
         y, state = mixer(u, state, segment_ids, layer)

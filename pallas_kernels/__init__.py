@@ -11,6 +11,7 @@ from pallas_kernels.causal_conv1d.api import CAUSAL_CONV1D, causal_conv1d, causa
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Explanation, Implementation, use_implementation
 from pallas_kernels.gated_rms_norm.api import GATED_RMS_NORM, gated_rms_norm
 from pallas_kernels.mamba2_step.api import MAMBA2_STEP, mamba2_step
+from pallas_kernels.sharded import keep_split, use_mesh
 from pallas_kernels.ssd.api import SSD, SSD_STEP, ssd, ssd_step
 from pallas_kernels.visual_scan.api import VISUAL_SCAN, visual_scan
 from pallas_kernels.visual_scan.directions import DIRECTIONS, scan_order
@@ -42,10 +43,12 @@ __all__ = [
     "causal_conv1d_step",
     "explain",
     "gated_rms_norm",
+    "keep_split",
     "mamba2_step",
     "scan_order",
     "ssd",
     "ssd_step",
     "use_implementation",
+    "use_mesh",
     "visual_scan",
 ]

@@ -9,6 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.sharded import on_one_device
+
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -21,8 +23,8 @@ def why_not_here() -> str | None:
     capability = str(getattr(device, "compute_capability", "unknown"))
     if not capability.startswith("9."):
         return f"needs a CUDA device of compute capability 9.x, {device.device_kind} has {capability}"
-    if len(jax.devices()) > 1:
-        return "several devices: XLA cannot split the kernel over a mesh by itself; name it inside shard_map"
+    if len(jax.devices()) > 1 and not on_one_device():
+        return "several devices: XLA cannot split the kernel over a mesh by itself; call it inside use_mesh"
     return None
 
 

@@ -23,10 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
         # Most of a test's time goes to the compiler, whose optimizations cost more here than they save. Children too.
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-        jax.config.update(
-            "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] in ("1", "true")
-        )
+        jax.config.update("jax_disable_most_optimizations", optimizations_disabled())
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def optimizations_disabled() -> bool:
+    return os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") in ("1", "true")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

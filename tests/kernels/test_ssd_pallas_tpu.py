@@ -21,6 +21,7 @@ from jax.lax import Precision
 import pallas_kernels as pk
 from pallas_kernels.specs import SSD_SPECS, SSDSpec
 from pallas_kernels.ssd.pallas_tpu.layout import VMEM, make_layout, vmem_bytes
+from tests.conftest import optimizations_disabled
 from tests.kernels.compare import BOUNDS, assert_close, jitted, named, on_device, outputs_and_gradients
 from tests.kernels.ssd_suite import KernelSSDSuite, problem, without
 from tests.kernels.test_ssd import equations
@@ -29,10 +30,9 @@ from tests.kernels.test_ssd import equations
 @pytest.fixture
 def quickly_compiled():
     """The interpreter's programs take longer to optimize than to run."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", optimizations_disabled())
 
 
 @pytest.fixture
