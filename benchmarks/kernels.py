@@ -174,16 +174,9 @@ def mixer_row(spec: SSDSpec, implementation: str, without: list[str], copy: floa
     sizes = spec.sizes
     width = sizes.inner // 2
 
-    def mixer(implementation, u, in_proj, out_proj, conv_weight, conv_bias, A, D, dt_bias, norm_weight):
-        with pk.use_implementation(implementation):
-            z, xBC, dt = jnp.split(u @ in_proj, (sizes.inner, sizes.inner + sizes.channels), axis=-1)
-            xBC = pk.causal_conv1d(xBC, conv_weight, conv_bias, activation="silu")
-            x, B, C = jnp.split(xBC, (sizes.inner, sizes.inner + sizes.groups * sizes.state), axis=-1)
-            x = x.reshape(*z.shape[:2], sizes.heads, sizes.head_dim)
-            B, C = (a.reshape(*z.shape[:2], sizes.groups, sizes.state) for a in (B, C))
-            y = pk.ssd(x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
-            y = pk.gated_rms_norm(y.reshape(z.shape), z, norm_weight, eps=1e-5)
-            return y @ out_proj
+    def mixer(implementation, u, in_proj, out_proj, **arrays):
+        y = pk.mamba2_sequence(u @ in_proj, **arrays, groups=sizes.groups, implementation=implementation)
+        return y @ out_proj
 
     arrays = {name: a for name, a in mixer_inputs(spec, "float32").items() if "state" not in name and name != "zxbcdt"}
     keys = jax.random.split(jax.random.key(5), 3)

@@ -82,27 +82,24 @@ def normalize(*, x, z, weight, eps, width, norm_before_gate):
     )(x, z, weight)
 
 
-def normalize_backward(*, x, z, weight, dy, eps, width, norm_before_gate, into=None):
+def normalize_backward(*, x, z, weight, dy, eps, width, norm_before_gate, row_of_dz=None):
     """(dx, dz [rows c], sums [blocks c] float32: in parts the gradient of weight); arguments as of `normalize`.
 
-    With `into`, a reference to an array [rows e], dz is written to its first c channels; dz is then None.
+    With `row_of_dz` dz is [rows row_of_dz]; only its first c channels are written.
     """
     rows, channels = x.shape
     plan = _Plan(rows, channels, width, z.shape[1], BLOCKS_BACKWARD)
-    dx, dz = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape, z.dtype)
-    sums = jax.ShapeDtypeStruct((plan.blocks, channels), jnp.float32)
-    names = ("dx", "dz", "sums") if into is None else ("dz", "dx", "sums")
-    run = launch(
-        functools.partial(_backward, plan, eps, norm_before_gate, names),
+    return launch(
+        functools.partial(_backward, plan, eps, norm_before_gate),
         "gated_rms_norm_gradient",
-        (dx, dz, sums) if into is None else (dx, sums),
+        (
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((rows, row_of_dz or channels), z.dtype),
+            jax.ShapeDtypeStruct((plan.blocks, channels), jnp.float32),
+        ),
         grid=plan.grid,
         approximately=True,
-    )
-    if into is None:
-        return run(x, z, weight, dy)
-    dx, sums = run(x, z, weight, dy, into)
-    return dx, None, sums
+    )(x, z, weight, dy)
 
 
 class _Plan:
@@ -150,9 +147,8 @@ def _forward(plan, eps, norm_before_gate, x_ref, z_ref, weight_ref, y_ref):
     plan.loop(step, 0)
 
 
-def _backward(plan, eps, norm_before_gate, names, x_ref, z_ref, weight_ref, dy_ref, *results):
+def _backward(plan, eps, norm_before_gate, x_ref, z_ref, weight_ref, dy_ref, dx_ref, dz_ref, sums_ref):
     """With a the input of the norm, s its scale, and n = a s: da = s (dn - n mean(dn n))."""
-    results = dict(zip(names, results, strict=True))
     channels = plan.channels
 
     def step(row, total):
@@ -173,8 +169,8 @@ def _backward(plan, eps, norm_before_gate, names, x_ref, z_ref, weight_ref, dy_r
             dx, dz = da, dy_gate * weight * slope
         else:
             dx, dz = da * gate, da * x * slope
-        for name, value in (("dx", dx), ("dz", dz)):
-            results[name].at[row, channels][...] = value.astype(results[name].dtype)
+        for ref, value in ((dx_ref, dx), (dz_ref, dz)):
+            ref.at[row, channels][...] = value.astype(ref.dtype)
         return total
 
-    results["sums"].at[lax.axis_index("rows"), channels][...] = plan.loop(step, plan.zeros())
+    sums_ref.at[lax.axis_index("rows"), channels][...] = plan.loop(step, plan.zeros())
