@@ -73,7 +73,6 @@ class Split:
             if len(letter) == 1
         }
         self._check(sizes)
-
         spec = functools.partial(self.spec, whole="g" if sizes.get("g") == 1 else "")
 
         def body(parts: dict):
@@ -83,11 +82,9 @@ class Split:
         specs = {name: [spec(section) for section in _sections(form)] for name, form in forms.items()}
         parts = {name: _cut(forms[name], a, sizes) for name, a in arrays.items()}
         results = jax.tree.map(spec, outputs(arguments, forms))
-        # Without check_vma, which kernels cannot state, JAX sums the gradient of every replicated argument. Compiled,
-        # because jax.checkpoint inside of shard_map has to be.
-        return jax.jit(jax.shard_map(body, mesh=self.mesh, in_specs=(specs,), out_specs=results, check_vma=False))(
-            parts
-        )
+        # Without check_vma, which kernels cannot state, JAX sums the gradient of every replicated argument.
+        part = jax.shard_map(body, mesh=self.mesh, in_specs=(specs,), out_specs=results, check_vma=False)
+        return jax.jit(part)(parts)  # as one program, where the caller compiles nothing
 
     def _check(self, sizes: Mapping[str, int]) -> None:
         for letter, size in sizes.items():

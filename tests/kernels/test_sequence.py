@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import pallas_kernels as pk
 from tests.kernels import causal_conv1d_suite
@@ -151,7 +152,7 @@ def test_a_mixer_moves_states_and_halos_only():
         "dt": jax.ShapeDtypeStruct((2, length, h), jnp.float32),
     }
     mesh = mesh_of(data=2, sequence=4)
-    place = jax.NamedSharding(mesh, jax.P("data", "sequence"))
+    place = NamedSharding(mesh, PartitionSpec("data", "sequence"))
 
     def mixer(xBC, z, dt):
         xBC = pk.causal_conv1d(xBC, jnp.ones((h * p + 2 * n, 4)), activation="silu")

@@ -175,22 +175,22 @@ def test_hand_written_kernels_are_chosen_for_a_part_only(monkeypatch):
     assert seen == [((1, 64, 4, 64), "pallas_gpu"), ((1, 64, 4, 64), "xla")]
 
 
-def test_kernels_lower_for_cuda_with_the_shapes_of_a_part():
+@pytest.mark.parametrize("sequence, part", [(1, "2x2048x8x64"), (2, "4x1024x8x64")])
+def test_kernels_lower_for_cuda_with_the_shapes_of_a_part(sequence, part):
     unstable = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu", "mosaic_gpu_v2")]
+    mesh = mesh_of(data=4 // sequence, tensor=2, sequence=sequence)
 
-    def scan(arrays):
-        with pk.use_mesh(mesh_of(data=4, tensor=2), batch="data", heads="tensor"):
-            return pk.ssd(**arrays, implementation="pallas_gpu")
+    def loss(arrays):
+        with pk.use_mesh(mesh, batch="data", heads="tensor", sequence="sequence"):
+            return jnp.sum(pk.ssd(**arrays, implementation="pallas_gpu").astype(jnp.float32))
 
-    loss = lambda arrays: jnp.sum(scan(arrays).astype(jnp.float32))  # noqa: E731
     shapes = SSDSpec(b=8, l=2048, h=16).shapes()
-    exported = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=["cuda"], disabled_checks=unstable)(
-        shapes
-    )
+    export = jax.export.export(jax.jit(jax.value_and_grad(loss)), platforms=["cuda"], disabled_checks=unstable)
+    exported = export(shapes)
     text = exported.mlir_module()
     assert "ssd_walk" in text and exported.nr_devices == 8
-    calls = [line for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
-    assert sum("tensor<2x2048x8x64xbf16>" in call for call in calls) == 4  # states, walk, boundaries, gradients
+    calls = [line for line in text.splitlines() if "call @mosaic_gpu" in line]
+    assert sum(f"tensor<{part}xbf16>" in call for call in calls) == 4  # states, walk, boundaries, gradients
     assert not any("2048x16x64xbf16" in call for call in calls)
 
 
