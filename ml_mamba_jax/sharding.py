@@ -1,14 +1,18 @@
 """Where arrays live on a mesh of devices.
 
 Modules name the axes of their parameters (`embed`, `heads`, ...); `RULES` maps those names to the mesh axes `data`, `fsdp` and
-`tensor`. Nothing else in the library knows about meshes.
+`tensor`. Inside `split_kernels` the kernels run on each device's part of the batch and of the heads. Nothing else in the library
+knows about meshes.
 """
+
+import contextlib
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import pallas_kernels as pk
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
 
@@ -96,6 +100,11 @@ def param_shardings(model: MLMamba, mesh: Mesh) -> dict:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over `BATCH_AXES`, the others whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def split_kernels(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """Split the kernels of a model that is called inside the block as its batch and its parameters are."""
+    return pk.use_mesh(mesh, batch=BATCH_AXES, heads=RULES["heads"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -13,17 +13,21 @@ Who runs is decided while tracing:
   elsewhere.
 * a tuple of names: the first that takes the arguments.
 
-`explain` returns the decision with the reason for every backend that was not chosen.
+`explain` returns the decision with the reason for every backend that was not chosen. Inside `use_mesh` all of this
+happens on every device, for its part of the arguments (`pallas_kernels.sharded`).
 """
 
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 
 import jax
+
+from pallas_kernels import sharded
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton")
 
@@ -71,15 +75,38 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """A kernel with several backends: `package` holds one module for each name in `backends`."""
+    """A kernel with several backends: `package` holds one module for each name in `backends`.
+
+    How it is split over a mesh follows from `axes` and `outputs`, the axis letters of its array arguments, in their
+    order, and of its results; see `pallas_kernels.sharded`. Where `can_split(split, arguments)` is false it is left to
+    XLA. A `sequential` op, whose tokens see earlier ones, has a further module `sequence` for a split sequence.
+    """
 
     name: str
     package: str
     backends: tuple[str, ...]
+    axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outputs: sharded.Outputs = lambda arguments, forms: ()
+    can_split: Callable[[sharded.Split, Mapping], bool] = lambda split, arguments: True
+    sequential: bool = False
 
     def __call__(self, implementation: Implementation, *args, **kwargs):
-        """Run the chosen backend on `args` and `kwargs`."""
+        """Run the chosen backend on `args` and `kwargs`; inside `use_mesh`, on every device's part of them."""
+        split, arguments = self._split(args, kwargs)
+        run = functools.partial(self._run, implementation)
+        if split is None:
+            return run(*args, **kwargs)
+        if self.sequential and split.sequence:
+            run = functools.partial(getattr(self._module("sequence"), self.name), run, split.sequence)
+        return split.run(run, arguments, self.axes, self.outputs)
+
+    def _run(self, implementation: Implementation, *args, **kwargs):
         return getattr(self._module(self.choose(implementation, *args, **kwargs)), self.name)(*args, **kwargs)
+
+    def _split(self, args: tuple, kwargs: dict) -> tuple[sharded.Split | None, dict]:
+        """How the arguments are to be split, if at all, and the arguments by name."""
+        split, arguments = sharded.current(), dict(zip(self.axes, args, strict=False)) | kwargs
+        return (split if split and arguments and self.can_split(split, arguments) else None), arguments
 
     def choose(self, implementation: Implementation, *args, **kwargs) -> str:
         """The name of the backend that `implementation` (see the module's docstring) stands for.
@@ -96,6 +123,9 @@ class Op:
 
     def explain(self, *args, implementation: Implementation = None, **kwargs) -> Explanation:
         """What `choose` would do, as a value. Without arguments only the device and the imports are judged."""
+        split, arguments = self._split(args, kwargs)
+        if split is not None:
+            return self._explain_part(split, implementation, arguments)
         chosen, reasons = self._decide(implementation, args, kwargs)
         automatic = _asked_for(implementation) is None
         for name in IMPLEMENTATIONS:
@@ -103,6 +133,18 @@ class Op:
                 reason = self._why_not(name, args, kwargs, automatic=True)
                 reasons[name] = reason or _why_passed_over(name, chosen, automatic)
         return Explanation(self.name, jax.default_backend(), chosen, reasons)
+
+    def _explain_part(self, split: sharded.Split, implementation: Implementation, arguments: dict) -> Explanation:
+        arrays = {name: a for name, a in arguments.items() if name in self.axes}
+        constants = {name: a for name, a in arguments.items() if name not in arrays}
+        found = []
+
+        def part(**arguments):
+            found.append(self.explain(implementation=implementation, **arguments))
+            return ()
+
+        jax.eval_shape(lambda arrays: split.run(part, arrays | constants, self.axes, lambda *_: ()), arrays)
+        return found[0]
 
     def _decide(self, implementation: Implementation, args: tuple, kwargs: dict) -> tuple[str | None, dict[str, str]]:
         asked_for = _asked_for(implementation)

@@ -27,6 +27,25 @@ class Segments(NamedTuple):
     real: Bool[Array, "b l"]
 
 
+class Ends(NamedTuple):
+    """Of the real tokens of each row [b]: the first and the last id, -1 where there are none, and whether the last
+    token still belongs to the first sequence."""
+
+    first: Int[Array, "b"]
+    last: Int[Array, "b"]
+    unbroken: Bool[Array, "b"]
+
+
+def find_ends(segment_ids: Int[Array, "b l"], segments: Segments) -> Ends:
+    """What a piece of a row has to tell its neighbours."""
+
+    def first(ids):
+        found = jnp.argmax(ids >= 0, axis=1)
+        return jnp.maximum(jnp.take_along_axis(ids, found[:, None], axis=1)[:, 0], -1)
+
+    return Ends(first(segment_ids), first(segment_ids[:, ::-1]), segments.index[:, -1] == 0)
+
+
 def number_segments(segment_ids: Int[Array, "b l"]) -> Segments:
     """Turn arbitrary ids into running numbers: two tokens see each other exactly when their numbers are equal."""
     length = segment_ids.shape[1]

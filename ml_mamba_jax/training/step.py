@@ -50,7 +50,8 @@ def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mes
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, optimizer, mesh))
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
-        loss, gradient, targets = mean_loss_and_gradient(model, state.params, batch, micro_batches)
+        with sharding.split_kernels(mesh):
+            loss, gradient, targets = mean_loss_and_gradient(model, state.params, batch, micro_batches)
         norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         following = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)

@@ -8,7 +8,14 @@ from jaxtyping import Float, Int
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_rank, check_shape
 
-CAUSAL_CONV1D = Op("causal_conv1d", "pallas_kernels.causal_conv1d", ("reference", "xla"))
+CAUSAL_CONV1D = Op(
+    "causal_conv1d",
+    "pallas_kernels.causal_conv1d",
+    ("reference", "xla", "pallas_gpu"),
+    axes={"x": "b l c", "weight": "c w", "bias": "c", "initial_state": "b w c", "segment_ids": "b l"},
+    outputs=lambda arguments, _: ("b l c", "b w c") if arguments["return_final_state"] else "b l c",
+    sequential=True,
+)
 
 Activation = Literal["silu"] | None
 

@@ -1,13 +1,38 @@
 """One token through a Mamba-2 mixer, from the input projection to the output projection, in one call."""
 
+import functools
+
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.causal_conv1d.api import causal_conv1d_step
 from pallas_kernels.dispatch import Implementation, Op
+from pallas_kernels.gated_rms_norm.api import gated_rms_norm
+from pallas_kernels.mamba2_step.parts import by_parts
 from pallas_kernels.mamba2_step.sizes import split_sizes
 from pallas_kernels.shapes import check_rank, check_shape
+from pallas_kernels.sharded import current
+from pallas_kernels.ssd.api import ssd_step
 
-MAMBA2_STEP = Op("mamba2_step", "pallas_kernels.mamba2_step", ("reference", "xla", "pallas_gpu"))
+MAMBA2_STEP = Op(
+    "mamba2_step",
+    "pallas_kernels.mamba2_step",
+    ("reference", "xla", "pallas_gpu"),
+    axes={
+        "conv_state": "b w c|k b w c",
+        "ssm_state": "b h p n|k b h p n",
+        "zxbcdt": "b e",
+        "conv_weight": "c w",
+        "A": "h",
+        "conv_bias": "c",
+        "D": "h|h p",
+        "dt_bias": "h",
+        "norm_weight": "c",
+        "layer": "",
+    },
+    outputs=lambda _, forms: ("b c", forms["conv_state"], forms["ssm_state"]),
+    can_split=lambda split, _: split.parts("h") == 1,  # heads lie apart in the channels of zxbcdt
+)
 
 
 def mamba2_step(
@@ -44,7 +69,8 @@ def mamba2_step(
         norm_before_gate: rms_norm(y) * norm_weight * silu(z) instead.
         layer: the states are those of all layers, [layers b w-1 c] and [layers b h p n]; this one's are read and
             replaced. A loop over layers that carries the stack copies nothing, where slices of it would be copied.
-        implementation: see `pallas_kernels.dispatch`.
+        implementation: see `pallas_kernels.dispatch`. Where `use_mesh` splits the heads it is that of the parts, which
+            run one after the other.
 
     Returns:
         (y [b h*p] in the dtype of zxbcdt, conv_state, ssm_state). Under `jax.jit(..., donate_argnums=...)`, or as the
@@ -71,8 +97,15 @@ def mamba2_step(
         check_shape("dt_bias", dt_bias, "h", (heads,))
     if norm_weight is not None:
         check_shape("norm_weight", norm_weight, "h*p", (sizes.inner,))
-    return MAMBA2_STEP(
-        implementation,
+    step = functools.partial(MAMBA2_STEP, implementation)
+    split = current()
+    if split and split.parts("h") > 1:
+        step = by_parts(
+            causal_conv1d_step,
+            functools.partial(ssd_step, implementation=implementation),
+            functools.partial(gated_rms_norm, implementation=implementation),
+        )
+    return step(
         conv_state,
         ssm_state,
         zxbcdt,

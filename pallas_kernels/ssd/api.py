@@ -7,8 +7,42 @@ from jaxtyping import Float, Int
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_divides, check_rank, check_shape
 
-SSD = Op("ssd", "pallas_kernels.ssd", ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton"))
-SSD_STEP = Op("ssd_step", "pallas_kernels.ssd", ("reference", "xla", "pallas_gpu"))
+SSD = Op(
+    "ssd",
+    "pallas_kernels.ssd",
+    ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton"),
+    axes={
+        "x": "b l h p",
+        "dt": "b l h",
+        "A": "h",
+        "B": "b l g n",
+        "C": "b l g n",
+        "D": "h|h p",
+        "z": "b l h p",
+        "dt_bias": "h",
+        "initial_state": "b h p n",
+        "segment_ids": "b l",
+    },
+    outputs=lambda arguments, _: ("b l h p", "b h p n") if arguments["return_final_state"] else "b l h p",
+    sequential=True,
+)
+SSD_STEP = Op(
+    "ssd_step",
+    "pallas_kernels.ssd",
+    ("reference", "xla", "pallas_gpu"),
+    axes={
+        "state": "b h p n",
+        "x": "b h p",
+        "dt": "b h",
+        "A": "h",
+        "B": "b g n",
+        "C": "b g n",
+        "D": "h|h p",
+        "z": "b h p",
+        "dt_bias": "h",
+    },
+    outputs=lambda *_: ("b h p", "b h p n"),
+)
 
 
 def ssd(

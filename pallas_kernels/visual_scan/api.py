@@ -11,7 +11,24 @@ from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.shapes import check_divides, check_rank, check_shape
 from pallas_kernels.visual_scan.directions import DIRECTIONS
 
-VISUAL_SCAN = Op("visual_scan", "pallas_kernels.visual_scan", ("reference", "xla"))
+# t, not l: a walk over the grid meets all patches, so they stay together where a sequence would be split.
+VISUAL_SCAN = Op(
+    "visual_scan",
+    "pallas_kernels.visual_scan",
+    ("reference", "xla"),
+    axes={
+        "x": "b t h p",
+        "dt": "b t h",
+        "A": "k h",
+        "B": "b t g n",
+        "C": "b t g n",
+        "D": "k h|k h p",
+        "dt_bias": "k h",
+        "conv_weight": "k hp+gn+gn w",
+        "conv_bias": "k hp+gn+gn",
+    },
+    outputs=lambda arguments, _: "b t h p" if arguments["merge"] else "k b t h p",
+)
 
 
 def visual_scan(

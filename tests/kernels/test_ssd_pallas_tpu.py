@@ -21,8 +21,9 @@ from jax.lax import Precision
 import pallas_kernels as pk
 from pallas_kernels.specs import SSD_SPECS, SSDSpec
 from pallas_kernels.ssd.pallas_tpu.layout import VMEM, make_layout, vmem_bytes
+from tests.conftest import optimizations_disabled
 from tests.kernels.compare import BOUNDS, assert_close, jitted, named, on_device, outputs_and_gradients
-from tests.kernels.ssd_suite import SSDSuite, problem, without
+from tests.kernels.ssd_suite import KernelSSDSuite, problem, without
 from tests.kernels.test_ssd import equations
 
 
@@ -31,7 +32,7 @@ def quickly_compiled():
     """The interpreter's programs take longer to optimize than to run."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", optimizations_disabled())
 
 
 @pytest.fixture
@@ -47,11 +48,12 @@ def ssd(**options):
 
 
 @pytest.mark.tpu
-class TestPallasTPU(SSDSuite):
+class TestPallasTPU(KernelSSDSuite):
     """float16 problems are handed to the kernel in bfloat16. Interpreted where there is no TPU, which takes long."""
 
     implementation = "pallas_tpu"
     bounds = BOUNDS | {"float16": BOUNDS["bfloat16"]}
+    dtypes = ("float32", "bfloat16")
 
     @pytest.fixture(autouse=True)
     def where(self, request):

@@ -1,5 +1,8 @@
 """One optimizer step: against AdamW written out, on several meshes, and when numbers go bad."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 
 from ml_mamba_jax import sharding
 from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.training.config import OptimConfig
 from ml_mamba_jax.training.losses import mean_loss_and_gradient
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
@@ -79,6 +83,23 @@ def test_eight_devices_take_the_steps_of_one(sizes, micro_batches):
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
     moments = optax.tree_utils.tree_get(state.optimizer, "mu")["language"]["blocks"]["mixer"]["in_proj"]["kernel"]
     assert moments.sharding == kernel.sharding
+
+
+def test_weights_are_gathered_and_no_activations():
+    """With the parameters split over all devices each mixer gathers its weights; the kernels run where their rows are."""
+    language = dataclasses.replace(MODEL.config.language, n_layers=1)
+    model = MLMamba(dataclasses.replace(MODEL.config, vision=(), connector=None, language=language))
+    mesh, optimizer = sharding.make_mesh(1, 8, 1), make_optimizer(CONFIG, model, STEPS)
+    batch = make_batch(8)._replace(images=None, image_mask=None)
+    step = make_train_step(model, optimizer, mesh).lower(abstract_state(model, optimizer, mesh), batch)
+    text = step.compile().as_text()
+    gathered = {
+        tuple(map(int, shape.split(","))) for shape in re.findall(r"= \(?f32\[([\d,]+)\]\S* all-gather\(", text)
+    }
+    mixer = language.mixer
+    assert {(mixer.d_model, mixer.in_proj_features), (mixer.d_inner, mixer.d_model)} <= gathered
+    logits = (8, batch.tokens.shape[1] - 1, language.padded_vocab_size)
+    assert {shape for shape in gathered if len(shape) > 2} <= {logits}
 
 
 def test_a_step_with_nan_leaves_the_state_as_it_was():
