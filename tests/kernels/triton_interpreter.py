@@ -16,7 +16,9 @@ def triton_call(*args, kernel, out_shape, grid, num_warps, num_stages, **constan
 
     def to_torch(a):
         a = np.array(a)
-        return torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if a.dtype == jnp.bfloat16 else torch.from_numpy(a)
+        return (
+            torch.from_numpy(a.view(np.uint16)).view(torch.bfloat16) if a.dtype == jnp.bfloat16 else torch.from_numpy(a)
+        )
 
     def run(*arrays):
         arrays = iter(arrays)

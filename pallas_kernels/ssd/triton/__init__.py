@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gradients import with_gradient
+from pallas_kernels.sharded import on_one_device
 from pallas_kernels.ssd.triton.backward import gradients
 from pallas_kernels.ssd.triton.forward import outputs
 from pallas_kernels.ssd.triton.launch import why_not_importable
-from pallas_kernels.ssd.triton.plan import WIDEST_HEAD, WIDEST_STATE, make_plan
+from pallas_kernels.ssd.triton.plan import LARGEST_FLOAT32_STATE, WIDEST_HEAD, WIDEST_STATE, filled, make_plan
 
 
 def why_not_here() -> str | None:
@@ -22,8 +23,8 @@ def why_not_here() -> str | None:
     major = capability.split(".")[0]
     if not major.isdigit() or int(major) < 8:
         return f"needs a CUDA device of compute capability 8.0 or later, {device.device_kind} has {capability}"
-    if len(jax.devices()) > 1:
-        return "several devices: XLA cannot split the kernel over a mesh by itself; name it inside shard_map"
+    if len(jax.devices()) > 1 and not on_one_device():
+        return "several devices: XLA cannot split the kernel over a mesh by itself; call it inside use_mesh"
     return why_not_importable()
 
 
@@ -37,6 +38,8 @@ def why_not_ssd(x, dt, A, B, C, *, precision=None, **_) -> str | None:
         return f"heads are {head_dim} wide; the kernel takes up to {WIDEST_HEAD}"
     if state_size > WIDEST_STATE:
         return f"the state size is {state_size}; the kernel takes up to {WIDEST_STATE}"
+    if x.dtype == jnp.float32 and filled(head_dim) * filled(state_size) > LARGEST_FLOAT32_STATE:
+        return f"float32 heads {head_dim} wide with states of {state_size} do not fit into shared memory"
     if not isinstance(precision, (str, lax.Precision, type(None))):
         return f"precision is {precision}; the kernel takes one jax.lax.Precision for all products"
     return why_not_importable()
@@ -60,7 +63,7 @@ def ssd(
     chunk_size=None,
     precision=None,
 ):
-    del chunk_size  # of the plan
+    del chunk_size  # the plan has its own
     arrays = {
         "x": x,
         "dt": dt,
@@ -74,17 +77,10 @@ def ssd(
         "segment_ids": segment_ids,
     }
     options = {
-        "plan": make_plan(x, B),
-        "precision": _precision_of_products(precision),
+        "plan": make_plan(x, B, precision),
         "dt_softplus": dt_softplus,
         "dt_limit": dt_limit,
         "return_final_state": return_final_state,
     }
     run = with_gradient(functools.partial(outputs, **options), functools.partial(gradients, **options))
     return run({name: a for name, a in arrays.items() if a is not None})
-
-
-def _precision_of_products(precision) -> str:
-    """Triton's name for how float32 is multiplied: float32 means float32, unless less was asked for."""
-    exact = precision is None or lax.Precision(precision) == lax.Precision.HIGHEST
-    return "ieee" if exact else "tf32"

@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.segments import number_segments
-from pallas_kernels.ssd.triton.forward import by_channel, chunk_outputs, chunk_states, prepare, step_sizes
+from pallas_kernels.ssd.triton.forward import chunk_outputs, chunk_states, prepare, step_sizes
 from pallas_kernels.ssd.triton.launch import launch
-from pallas_kernels.ssd.triton.plan import filled
 
 
-def gradients(arrays, cotangents, plan, precision, *, dt_softplus, dt_limit, return_final_state):
+def gradients(arrays, cotangents, plan, *, dt_softplus, dt_limit, return_final_state):
     """The gradient of every array of `arrays`, the arguments of `ssd` by name, for those of its outputs."""
     dy, dfinal = cotangents if return_final_state else (cotangents, None)
     x, B, C = (arrays[name] for name in ("x", "B", "C"))
@@ -35,7 +34,7 @@ def gradients(arrays, cotangents, plan, precision, *, dt_softplus, dt_limit, ret
     given = {name: arrays[name] for name in ("dt", "A", "dt_bias") if name in arrays}
     (steps, _), pull_back = jax.vjp(steps_of, given)
     decays = prepare(steps, arrays, plan)
-    states, _ = chunk_states(x, B, decays, plan, precision, ends=arrays.get("initial_state"), reverse=False)
+    states, _ = chunk_states(x, B, decays, plan, ends=arrays.get("initial_state"), reverse=False)
 
     result = {}
     if "segment_ids" in arrays:
@@ -43,15 +42,15 @@ def gradients(arrays, cotangents, plan, precision, *, dt_softplus, dt_limit, ret
         result["segment_ids"] = jnp.zeros(arrays["segment_ids"].shape, jax.dtypes.float0)
     if "z" in arrays:
         z, without_gate = arrays["z"], {name: a for name, a in arrays.items() if name != "z"}
-        y = chunk_outputs(without_gate, decays, states, plan, precision)
+        y = chunk_outputs(without_gate, decays, states, plan)
         gate, pull_back_gate = jax.vjp(jax.nn.silu, z.astype(jnp.float32))
         result["z"] = pull_back_gate(dy * y.astype(jnp.float32))[0].astype(z.dtype)
         dy = (dy * gate).astype(x.dtype)
-    dstates, entered = chunk_states(dy, C, decays, plan, precision, ends=dfinal, reverse=True)
+    dstates, entered = chunk_states(dy, C, decays, plan, ends=dfinal, reverse=True)
     if "initial_state" in arrays:
         result["initial_state"] = entered.astype(arrays["initial_state"].dtype)
 
-    of_chunks = chunk_gradients(arrays, dy, decays, states, dstates, plan, precision)
+    of_chunks = chunk_gradients(arrays, dy, decays, states, dstates, plan)
     result["x"] = of_chunks["dx"]
     result["B"], result["C"] = of_chunks["dB"], of_chunks["dC"]
     if "D" in arrays:
@@ -61,65 +60,44 @@ def gradients(arrays, cotangents, plan, precision, *, dt_softplus, dt_limit, ret
     return result | of_steps
 
 
-def chunk_gradients(arrays, dy, decays, states, dstates, plan, precision):
+def chunk_gradients(arrays, dy, decays, states, dstates, plan):
     """By name: dx [b l h p]; dB, dC [b l g n]; dd, da [b h chunks Q], of d and d A; dD [b chunks h p]."""
     x, B, C, D = arrays["x"], arrays["B"], arrays["C"], arrays.get("D")
     batch, chunks, heads, groups, Q = plan.batch, plan.chunks, plan.heads, plan.groups, plan.chunk
-    grid, sizes = (chunks, heads // plan.block_heads, batch), (plan.length, chunks, heads, groups)
+    grid = (chunks, heads // plan.block_heads, batch)
     of_token = jax.ShapeDtypeStruct((batch, heads, chunks, Q), jnp.float32)
     of_chunk = jax.ShapeDtypeStruct((batch, heads, chunks), jnp.float32)
     of_block = jax.ShapeDtypeStruct((grid[1] // groups, batch, groups, chunks, Q, plan.state_size), jnp.float32)
-    constants = {
-        "P": plan.head_dim,
-        "N": plan.state_size,
-        "Q": Q,
-        "BP": filled(plan.head_dim),
-        "BN": filled(plan.state_size),
-        "HEADS": plan.block_heads,
-        "PACKED": decays["first_visible"] is not None,
-        "PRECISION": precision,
-    }
 
     def through_states(values, keys, states, reading):
         return launch(
             "ssd_gradients_through_states",
+            plan,
             grid,
-            {
-                "values": values,
-                "keys": keys,
-                "s": decays["s"],
-                "d": decays["d"],
-                "states": states,
-                "dstates": dstates,
-                "first_visible": decays["first_visible"],
-            },
-            sizes,
+            {"values": values, "keys": keys, **decays, "states": states, "dstates": dstates},
             {"dkeys": of_block, "through": of_token, "at_end": of_chunk},
-            warps=4,
-            stages=2,
+            HEADS=plan.block_heads,
             READING=reading,
-            **constants,
+            PRECISION=plan.products.straight,
         )
 
     reading, writing = through_states(dy, C, states, True), through_states(x, B, dstates, False)
     inside = launch(
         "ssd_gradients",
+        plan,
         grid,
         {
             "x": x,
             "dy": dy,
             "B": B,
             "C": C,
-            "s": decays["s"],
-            "d": decays["d"],
+            **decays,
             "dstates": dstates,
             "read": reading["through"],
             "written": writing["through"],
             "at_end": reading["at_end"],
-            "D": None if D is None else by_channel(D, plan),
-            "first_visible": decays["first_visible"],
+            "D": None if D is None else plan.by_channel(D),
         },
-        sizes,
         {
             "dx": jax.ShapeDtypeStruct(x.shape, x.dtype),
             "dB": of_block,
@@ -128,10 +106,9 @@ def chunk_gradients(arrays, dy, decays, states, dstates, plan, precision):
             "da": of_token,
             "dD": jax.ShapeDtypeStruct((batch, chunks, heads, plan.head_dim), jnp.float32),
         },
-        warps=4,
-        stages=1,
+        HEADS=plan.block_heads,
         HAS_D=D is not None,
-        **constants,
+        PRECISION=plan.products.turned,
     )
     dB, dC = plan.keys(inside["dB"] + writing["dkeys"]), plan.keys(inside["dC"] + reading["dkeys"])
     return inside | {"dB": dB.astype(B.dtype), "dC": dC.astype(C.dtype)}

@@ -104,10 +104,8 @@ def ssd_states(
         exponents = s + (of_head * chunks + chunk) * Q
         s_q, s_end = tl.load(exponents + q), tl.load(exponents + Q - 1)
         kept = tl.exp(s_end)
-        if REVERSE:
-            factor = tl.exp(s_q)
-        else:
-            factor = tl.exp(tl.minimum(s_end - s_q, 0.0)) * tl.load(d + (of_head * chunks + chunk) * Q + q)
+        d_q = tl.load(d + (of_head * chunks + chunk) * Q + q)
+        factor = tl.exp(s_q) if REVERSE else tl.exp(tl.minimum(s_end - s_q, 0.0)) * d_q
         if PACKED:
             visible = first_visible + (batch * chunks + chunk) * Q
             start = start_of_last(visible, Q)
@@ -130,10 +128,10 @@ def ssd_outputs(
     C,
     s,
     d,
+    first_visible,
     states,
     D,
     z,
-    first_visible,
     length,
     chunks,
     heads,
@@ -173,7 +171,8 @@ def ssd_outputs(
         from_state = tl.exp(s_q)
         if PACKED:
             from_state = tl.where(visible < 0, from_state, 0.0)
-        weights = (scores * decays_of(s_q[:, None], s_q[None, :], q[:, None], q[None, :], visible[:, None], PACKED) * d_q[None, :]).to(value.dtype)
+        decays = decays_of(s_q[:, None], s_q[None, :], q[:, None], q[None, :], visible[:, None], PACKED)
+        weights = (scores * decays * d_q[None, :]).to(value.dtype)
         result = tl.zeros((Q, BP), tl.float32)
         for k in range(0, N, BN):
             query = queries if BN >= N else tile_of(C + k, groups * N, q, n, rest, N - k)
@@ -197,9 +196,9 @@ def ssd_gradients_through_states(
     keys,
     s,
     d,
+    first_visible,
     states,
     dstates,
-    first_visible,
     length,
     chunks,
     heads,
@@ -265,12 +264,12 @@ def ssd_gradients(
     C,
     s,
     d,
+    first_visible,
     dstates,
     read,
     written,
     at_end,
     D,
-    first_visible,
     length,
     chunks,
     heads,

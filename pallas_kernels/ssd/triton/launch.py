@@ -2,32 +2,33 @@
 
 import jax
 from jax import Array
+from jax.custom_batching import sequential_vmap
+
+from pallas_kernels.ssd.triton.plan import Plan, filled
+
+ADVICE = "install ml-mamba-jax[triton] beside a JAX for CUDA"
 
 
 def why_not_importable() -> str | None:
     """Why jax-triton cannot be used here, in one line."""
-    advice = "install ml-mamba-jax[triton] and a JAX for CUDA"
     try:
         import jax_triton
-    except ImportError as error:  # also raised by jax-triton itself where JAX has no GPU support
-        return f"needs jax-triton 0.3, which cannot be imported ({str(error).splitlines()[0]}); {advice}"
+    except (ImportError, AttributeError) as error:  # of jax-triton itself too, where JAX has no GPU support
+        return f"needs jax-triton 0.3, which cannot be imported: {str(error).splitlines()[0]}; {ADVICE}"
     if not jax_triton.__version__.startswith("0.3."):
-        return f"needs jax-triton 0.3, found {jax_triton.__version__}; {advice}"
+        return f"needs jax-triton 0.3, found {jax_triton.__version__}; {ADVICE}"
     return None
 
 
 def launch(
     kernel: str,
-    grid: tuple[int, ...],
+    plan: Plan,
+    grid: tuple[int, int, int],
     inputs: dict[str, Array | None],
-    sizes: tuple[int, ...],
     outputs: dict[str, jax.ShapeDtypeStruct],
-    *,
-    warps: int,
-    stages: int,
     **constants,
 ) -> dict[str, Array]:
-    """The outputs by name of the function `kernel` of `kernels`, whose parameters are inputs, sizes, outputs, constants.
+    """The outputs by name of a function of `kernels`, whose parameters are: inputs, sizes, outputs, constants.
 
     An input that is None gives way to the first one; a constant tells the kernel not to read it.
     """
@@ -37,20 +38,31 @@ def launch(
 
     first = next(iter(inputs.values()))
     arrays = [first if a is None else a for a in inputs.values()]
+    how = plan.launch_of(kernel)
+    constants = {
+        "P": plan.head_dim,
+        "N": plan.state_size,
+        "Q": plan.chunk,
+        "BP": filled(plan.head_dim),
+        "BN": how.slice,
+        "PACKED": inputs["first_visible"] is not None,
+    } | constants
 
     def call(*arrays):
         return jax_triton.triton_call(
             *arrays,
-            *sizes,
+            plan.length,
+            plan.chunks,
+            plan.heads,
+            plan.groups,
             kernel=getattr(kernels, kernel),
             out_shape=tuple(outputs.values()),
             grid=grid,
-            num_warps=warps,
-            num_stages=stages,
+            num_warps=how.warps,
+            num_stages=how.stages,
             **constants,
         )
 
     with jax.named_scope(kernel):
-        # jax-triton has no rule for vmap: one launch for each row then.
-        results = jax.custom_batching.sequential_vmap(call)(*arrays)
+        results = sequential_vmap(call)(*arrays)  # jax-triton has no rule for vmap
     return dict(zip(outputs, results, strict=True))
