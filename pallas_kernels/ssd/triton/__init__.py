@@ -4,14 +4,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.gradients import with_gradient
 from pallas_kernels.sharded import on_one_device
 from pallas_kernels.ssd.triton.backward import gradients
 from pallas_kernels.ssd.triton.forward import outputs
 from pallas_kernels.ssd.triton.launch import why_not_importable
-from pallas_kernels.ssd.triton.plan import LARGEST_FLOAT32_STATE, WIDEST_HEAD, WIDEST_STATE, filled, make_plan
+from pallas_kernels.ssd.triton.plan import (
+    LARGEST_FLOAT32_STATE,
+    WIDEST_HEAD,
+    WIDEST_STATE,
+    filled,
+    is_one_precision,
+    make_plan,
+)
 
 
 def why_not_here() -> str | None:
@@ -40,7 +46,7 @@ def why_not_ssd(x, dt, A, B, C, *, precision=None, **_) -> str | None:
         return f"the state size is {state_size}; the kernel takes up to {WIDEST_STATE}"
     if x.dtype == jnp.float32 and filled(head_dim) * filled(state_size) > LARGEST_FLOAT32_STATE:
         return f"float32 heads {head_dim} wide with states of {state_size} do not fit into shared memory"
-    if not isinstance(precision, (str, lax.Precision, type(None))):
+    if not is_one_precision(precision):
         return f"precision is {precision}; the kernel takes one jax.lax.Precision for all products"
     return why_not_importable()
 

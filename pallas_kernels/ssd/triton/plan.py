@@ -109,6 +109,14 @@ def make_plan(x: Array, B: Array, precision) -> Plan:
     return Plan(*x.shape, *B.shape[2:], exact=exact, itemsize=x.dtype.itemsize)
 
 
+def is_one_precision(precision) -> bool:
+    """Whether it is a `lax.Precision`, the name of one, or None; and not two of them, or an algorithm."""
+    try:
+        return precision is None or isinstance(lax.Precision(precision), lax.Precision)
+    except ValueError:
+        return False
+
+
 def filled(width: int) -> int:
     """The power of two, 16 at least, that a tile of `width` is filled up to."""
     return max(16, 1 << (width - 1).bit_length())
