@@ -7,9 +7,14 @@ One row for each shape of `ssd`, forward:
   where mamba_ssm cannot be imported;
 * floor: every input read and every output written once, at the speed this device copies at. Calls are repeated on the
   same inputs, so small shapes are read from the cache and may pass it;
+* memory: what ours needs besides inputs and outputs, in MB;
 * error: of ours, ||y - truth|| / ||truth|| over the first and the last head against the token recurrence in float64.
 
-With --op ssd_gradient the same for the forward and the backward pass together, without floor and error.
+With --op ssd_gradient the same for the forward and the backward pass together, without error.
+
+With --op causal_conv1d, gated_rms_norm or mixer the same, forward and backward together, for what surrounds the scan in a
+2.7B layer: the convolution with SiLU, the norm with its gate, and a whole mixer from input to output projection. The
+peer of the mixer is `mamba_split_conv1d_scan_combined` of mamba_ssm (which needs causal_conv1d) between two products.
 
 With --op ssd_step or mamba2_step one row for each batch of a 2.7B layer, one token of decoding, states in place:
 
@@ -39,7 +44,7 @@ from pallas_kernels.specs import SSDSpec
 SHAPES = ("1x729", "8x729", "1x2048", "8x2048", "1x8192", "4x4096", "1x32768", "1x131072")
 LONGEST_CHECKED = 8192  # tokens; the recurrence takes one step at a time
 BATCHES = (1, 8, 64, 256)
-COLUMNS = ("op", "shape", "dtype", "ours", "xla", "peer", "floor", "% of floor", "error")
+COLUMNS = ("op", "shape", "dtype", "ours", "xla", "peer", "floor", "% of floor", "memory", "error")
 STEP_COLUMNS = ("op", "shape", "state", "ours", "xla", "peer", "floor", "% of floor", "error", "loop ours", "loop xla")
 
 
@@ -101,34 +106,103 @@ def ssd_row(spec: SSDSpec, implementation: str, without: list[str], copy: float)
         "peer": None if "peer" in without else peer_milliseconds(arrays),
         "floor": floor,
         "% of floor": round(100 * floor / milliseconds_ours),
+        "memory": megabytes(ours, arrays),
         "error": ssd_error(ours, arrays) if checked else None,
     }
 
 
-def ssd_gradient_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
-    arrays = ssd_inputs(spec)
-    dy = jax.random.normal(jax.random.key(1), arrays["x"].shape, arrays["x"].dtype)
+def gradient_row(op, spec: SSDSpec, function, arrays: dict, moved: int, peer, implementation, without, copy) -> dict:
+    """A row for `function(implementation, **arrays)` and its gradients, which move `moved` bytes at least."""
+    dy = jax.eval_shape(functools.partial(function, implementation), **arrays)
+    dy = jax.random.normal(jax.random.key(1), dy.shape, dy.dtype)
 
     def forward_and_backward(implementation):
-        function = functools.partial(pk.ssd, dt_softplus=True, implementation=implementation)
-
         def run(dy, **arrays):
-            y, pullback = jax.vjp(lambda arrays: function(**arrays), arrays)
+            y, pullback = jax.vjp(lambda arrays: function(implementation, **arrays), arrays)
             return y, pullback(dy)
 
         return run
 
+    ours = forward_and_backward(implementation)
+    milliseconds_ours = milliseconds(ours, arrays | {"dy": dy})
+    floor = 1e3 * moved / copy
     return {
-        "op": "ssd_gradient",
+        "op": op,
         "shape": f"{spec.b}x{spec.l}x{spec.h}x{spec.p} n{spec.n} g{spec.g}",
         "dtype": spec.dtype,
-        "ours": milliseconds(forward_and_backward(implementation), arrays | {"dy": dy}),
+        "ours": milliseconds_ours,
         "xla": None if "xla" in without else milliseconds(forward_and_backward("xla"), arrays | {"dy": dy}),
-        "peer": None if "peer" in without else peer_milliseconds(arrays, backward=True),
+        "peer": None if "peer" in without or peer is None else peer(arrays),
+        "floor": floor,
+        "% of floor": round(100 * floor / milliseconds_ours),
+        "memory": megabytes(ours, arrays | {"dy": dy}),
     }
 
 
-SEQUENCE_ROWS = {"ssd": ssd_row, "ssd_gradient": ssd_gradient_row}
+def ssd_gradient_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+    def ssd(implementation, **arrays):
+        return pk.ssd(**arrays, dt_softplus=True, implementation=implementation)
+
+    arrays = ssd_inputs(spec)
+    # x, dt, B and C read and y written forward; these and dy read, and the gradients written, backward.
+    moved = 3 * ssd_bytes(spec) - arrays["x"].nbytes
+    peer = functools.partial(peer_milliseconds, backward=True)
+    return gradient_row("ssd_gradient", spec, ssd, arrays, moved, peer, implementation, without, copy)
+
+
+def conv_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+    def conv(implementation, **arrays):
+        return pk.causal_conv1d(**arrays, activation="silu", implementation=implementation)
+
+    mixer = mixer_inputs(spec, "float32")
+    x = jax.random.normal(jax.random.key(3), (spec.b, spec.l, spec.sizes.channels), spec.dtype)
+    arrays = {"x": x, "weight": mixer["conv_weight"], "bias": mixer["conv_bias"]}
+    return gradient_row("causal_conv1d", spec, conv, arrays, 5 * x.nbytes, None, implementation, without, copy)
+
+
+def norm_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+    def norm(implementation, **arrays):
+        return pk.gated_rms_norm(**arrays, eps=1e-5, implementation=implementation)
+
+    shape = (spec.b, spec.l, spec.sizes.inner)
+    x, z = (jax.random.normal(jax.random.key(seed), shape, spec.dtype) for seed in (3, 4))
+    arrays = {"x": x, "z": z, "weight": jnp.ones(spec.sizes.inner)}
+    return gradient_row("gated_rms_norm", spec, norm, arrays, 8 * x.nbytes, None, implementation, without, copy)
+
+
+def mixer_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+    sizes = spec.sizes
+    width = sizes.inner // 2
+
+    def mixer(implementation, u, in_proj, out_proj, **arrays):
+        y = pk.mamba2_sequence(u @ in_proj, **arrays, groups=sizes.groups, implementation=implementation)
+        return y @ out_proj
+
+    arrays = {name: a for name, a in mixer_inputs(spec, "float32").items() if "state" not in name and name != "zxbcdt"}
+    keys = jax.random.split(jax.random.key(5), 3)
+    for name, key, shape in zip(
+        ("u", "in_proj", "out_proj"),
+        keys,
+        ((spec.b, spec.l, width), (width, sizes.projected), (sizes.inner, width)),
+        strict=True,
+    ):
+        arrays[name] = (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(spec.dtype)
+    products = 3 * 2 * spec.b * spec.l * width * (sizes.projected + sizes.inner)
+    bytes_as_long = int(products / DENSE_PEAK * copy)  # the floor of a mixer is the time of its products
+    return gradient_row(
+        "mixer", spec, mixer, arrays, bytes_as_long, peer_mixer_milliseconds, implementation, without, copy
+    )
+
+
+DENSE_PEAK = 989e12  # floating-point operations per second of an H100 or H200 in bfloat16, NVIDIA's data sheet
+
+SEQUENCE_ROWS = {
+    "ssd": ssd_row,
+    "ssd_gradient": ssd_gradient_row,
+    "causal_conv1d": conv_row,
+    "gated_rms_norm": norm_row,
+    "mixer": mixer_row,
+}
 
 
 def ssd_inputs(spec: SSDSpec, seed: int = 0) -> dict[str, jax.Array]:
@@ -179,6 +253,12 @@ def milliseconds(function, arrays: dict[str, jax.Array], repetitions: int = 10) 
     return sorted(times)[len(times) // 2]
 
 
+def megabytes(function, arrays: dict[str, jax.Array]) -> float:
+    """Memory of the compiled call besides its inputs and outputs."""
+    compiled = jax.jit(function).lower(**arrays).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
 def copy_bandwidth() -> float:
     """Bytes read plus bytes written per second by a large elementwise operation."""
     a = jnp.zeros(2**29, jnp.bfloat16)
@@ -207,6 +287,43 @@ def peer_milliseconds(arrays: dict[str, jax.Array], backward: bool = False) -> f
             return torch.autograd.grad(y, differentiated, dy) if backward else y
 
     return graph_milliseconds(call, calls=5 if backward else 10)
+
+
+def peer_mixer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
+    """The peer's mixer forward and backward on inputs of the same shapes."""
+    try:
+        import torch
+        from causal_conv1d import causal_conv1d_fn  # noqa: F401, the peer needs it
+        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+    except ImportError:
+        return None
+
+    tensors = {
+        name: torch.tensor(np.asarray(a, np.float32), device="cuda", dtype=getattr(torch, str(a.dtype)))
+        for name, a in arrays.items()
+    }
+    for name in ("conv_weight", "conv_bias"):  # the peer takes them in the dtype of its activations
+        tensors[name] = tensors[name].to(tensors["u"].dtype)
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    heads = arrays["A"].size
+    head_dim = arrays["norm_weight"].size // heads
+    dy = torch.randn_like(tensors["u"])
+
+    def call():
+        with torch.enable_grad():
+            y = mamba_split_conv1d_scan_combined(
+                tensors["u"] @ tensors["in_proj"],
+                *(tensors[name] for name in ("conv_weight", "conv_bias", "dt_bias", "A", "D")),
+                chunk_size=256,
+                rmsnorm_weight=tensors["norm_weight"],
+                rmsnorm_eps=1e-5,
+                headdim=head_dim,
+                norm_before_gate=False,
+            )
+            return torch.autograd.grad(y @ tensors["out_proj"], list(tensors.values()), dy)
+
+    return graph_milliseconds(call, calls=2)
 
 
 def graph_milliseconds(call, calls: int = 10) -> float:

@@ -1,4 +1,4 @@
-"""Questions and images of several rows as arrays of one shape."""
+"""Questions as token ids, and the images of several rows as arrays of one shape."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,16 +6,13 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, UInt8
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.image import prepare_images, read_image, stack_pixels
 from ml_mamba_jax.prompt import Turn, render_question
 from ml_mamba_jax.tokenizer import Tokenizer
-
-SHORTEST_BUCKET = 32
-"""Prompts are padded to this many tokens, or twice, four times ... as many: few lengths, hence few compilations."""
 
 
 def encode_turns(tokenizer: Tokenizer, turns: str | Sequence[Turn], format: str = "zephyr") -> list[int]:
@@ -26,17 +23,6 @@ def encode_turns(tokenizer: Tokenizer, turns: str | Sequence[Turn], format: str 
     """
     ids, _ = tokenizer.encode_pieces(render_question(turns, format))
     return ids
-
-
-def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Array, "b l"], Int[Array, "b"]]:
-    """Rows of ids -> int32 tokens, padded on the right to the length of a bucket, and the lengths of the rows."""
-    longest, bucket = max(len(row) for row in rows), SHORTEST_BUCKET
-    while bucket < longest:
-        bucket *= 2
-    tokens = np.full((len(rows), bucket), pad_id, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
 
 
 def stack_images(

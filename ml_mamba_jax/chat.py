@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ml_mamba_jax import checkpoint
 from ml_mamba_jax.arguments import OneLineParser
+from ml_mamba_jax.compilation import compile_time, keep_compiled_programs
 from ml_mamba_jax.errors import CheckpointError, InputError, one_line_errors
 from ml_mamba_jax.generation import Chat
 from ml_mamba_jax.image import read_image
@@ -27,12 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         args = _parser().parse_args(arguments)
         # Everything that can be wrong with the input is looked at before the slow part.
-        sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        sampling = Sampling(
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        )
         if args.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens: got {args.max_new_tokens}, expected at least 1")
         image = None if args.image is None else read_image(args.image)
+        keep_compiled_programs()
         chat = _load(args.checkpoint)
-        options = {"sampling": sampling, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+        options = {
+            "sampling": sampling,
+            "max_new_tokens": args.max_new_tokens,
+            "seed": args.seed,
+            "stop_strings": args.stop,
+        }
         if args.prompt is not None:
             _answer(chat, args.prompt, image, options)
         else:
@@ -49,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", metavar="T", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--top-k", metavar="K", type=int, help="choose among the K likeliest tokens")
     add("--top-p", metavar="P", type=float, help="choose among the likeliest tokens that add up to P")
+    add("--min-p", metavar="P", type=float, help="choose among tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1: avoid what was said (default 1)")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; may be repeated")
     add("--max-new-tokens", metavar="N", type=int, default=256, help="longest answer (default 256)")
     add("--seed", metavar="S", type=int, default=0, help="of the sampling (default 0)")
     return parser
@@ -71,17 +87,20 @@ def _answer(chat: Chat, question: str, image, options: dict) -> None:
     """Write the answer as it comes, then how long it took."""
     start = time.perf_counter()
     first = None
-    try:
-        for piece in chat.stream(question, image, **options):
-            first = first or time.perf_counter()
-            print(piece, end="", flush=True)
-    finally:
-        print(flush=True)
+    with compile_time() as compiling:
+        try:
+            for piece in chat.stream(question, image, **options):
+                first = first or time.perf_counter()
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
     count, end = len(chat.answer_ids), time.perf_counter()
     timing = f"{count} tokens in {end - start:.2f} s"
     if first is not None and count > 1:
         rate = (count - 1) / (end - first)
-        timing += f"; first text after {first - start:.2f} s (with compilation, if any), then {rate:.1f} tokens/s"
+        timing += f"; first text after {first - start:.2f} s, then {rate:.1f} tokens/s"
+    if compiling.seconds >= 0.01:
+        timing += f"; {compiling.seconds:.2f} s of it compiling"
     _note(timing)
 
 

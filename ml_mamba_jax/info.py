@@ -64,6 +64,7 @@ def calls() -> list[tuple[str, str, dict]]:
     found += [
         ("ssd_step", f"decode b={train.b}", _step_arguments(train)),
         ("mamba2_step", f"decode b={train.b}", _mixer_arguments(train)),
+        ("mamba2_sequence", f"train {_shape(train)}", _sequence_arguments(train)),
         ("causal_conv1d", f"train {_shape(train)}", _conv_arguments(train)),
         ("gated_rms_norm", f"train {_shape(train)}", _norm_arguments(train)),
         ("visual_scan", f"image {_shape(image)}", _visual_arguments(image)),
@@ -89,6 +90,12 @@ def _mixer_arguments(spec: SSDSpec) -> dict:
         "A": jax.ShapeDtypeStruct((spec.h,), f32),
         "norm_weight": jax.ShapeDtypeStruct((sizes.inner,), f32),
     }
+
+
+def _sequence_arguments(spec: SSDSpec) -> dict:
+    arguments = {name: a for name, a in _mixer_arguments(spec).items() if not name.endswith("state")}
+    projection = jax.ShapeDtypeStruct((spec.b, spec.l, spec.sizes.projected), spec.dtype)
+    return arguments | {"zxbcdt": projection, "groups": spec.g}
 
 
 def _conv_arguments(spec: SSDSpec) -> dict:

@@ -70,7 +70,7 @@ def split_channels(xBC: Float[Array, "*b c"], config: MixerConfig) -> tuple[Arra
 
 
 class Mamba2Mixer(nn.Module):
-    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj. One token with a state takes `mamba2_step`."""
+    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj: `mamba2_sequence`, or `mamba2_step` for one token."""
 
     config: MixerConfig
     n_layers: int
@@ -108,40 +108,24 @@ class Mamba2Mixer(nn.Module):
             return out_projection(config, self.dtype, self.n_layers)(y[:, None]), MambaState(*state)
 
         before = MambaState(None, None) if state is None else jax.tree.map(lambda a: a[layer], state)
-        z, xBC, dt = split_projection(zxbcdt, config)
-        xBC, conv = pk.causal_conv1d(
-            xBC,
+        y, *after = pk.mamba2_sequence(
+            zxbcdt,
             scan.conv_weight,
-            scan.conv_bias,
-            activation="silu",
-            initial_state=before.conv,
-            segment_ids=segment_ids,
-            return_final_state=True,
-        )
-        x, B, C = split_channels(xBC, config)
-        y, ssm = pk.ssd(
-            x,
-            dt,
             A,
-            B,
-            C,
-            dt_softplus=True,
-            initial_state=before.ssm,
+            groups=config.n_groups,
+            conv_bias=scan.conv_bias,
+            norm_weight=norm_weight,
+            norm_eps=config.norm_eps,
+            norm_before_gate=config.norm_before_gate,
+            conv_state=before.conv,
+            ssm_state=before.ssm,
             segment_ids=segment_ids,
-            return_final_state=True,
+            return_states=True,
             chunk_size=config.chunk_size,
             **shared,
         )
-        y = pk.gated_rms_norm(
-            y.reshape(z.shape),
-            z,
-            norm_weight,
-            eps=config.norm_eps,
-            group_size=config.d_inner // config.n_groups,
-            norm_before_gate=config.norm_before_gate,
-        )
         if state is not None:
-            state = jax.tree.map(lambda stack, a: stack.at[layer].set(a), state, MambaState(conv, ssm))
+            state = jax.tree.map(lambda stack, a: stack.at[layer].set(a), state, MambaState(*after))
         return out_projection(config, self.dtype, self.n_layers)(y), state
 
 

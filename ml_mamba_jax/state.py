@@ -1,9 +1,11 @@
 """The recurrent state of a Mamba-2 language model as a plain value.
 
 Its size does not depend on how many tokens have been read, so it can be kept, copied for several questions about one
-image, and stacked into batches. It is a NamedTuple of two arrays whose second axis is the batch.
+image, and joined into batches. It is a NamedTuple of two arrays whose second axis is the batch. `state_file` writes it
+to disk.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ml_mamba_jax.config import Mamba2Config
+from ml_mamba_jax.errors import InputError
 
 
 class MambaState(NamedTuple):
@@ -42,3 +45,28 @@ def take_rows(state: MambaState, rows: Int[Array, "b"]) -> MambaState:
 def insert_rows(state: MambaState, rows: Int[Array, "b"], new: MambaState) -> MambaState:
     """`state` with the rows at these indices replaced by the rows of `new`."""
     return jax.tree.map(lambda a, b: a.at[:, rows].set(b.astype(a.dtype)), state, new)
+
+
+def fork(state: MambaState, n: int) -> MambaState:
+    """The state of one row, n times: for n ways to go on from it. Raises InputError for several rows."""
+    if state.batch_size != 1:
+        raise InputError(f"state: got {state.batch_size} rows, expected one to fork; choose it with take_rows")
+    return take_rows(state, jnp.zeros(n, jnp.int32))
+
+
+def join(states: Sequence[MambaState]) -> MambaState:
+    """The rows of all states, in order, as one batch."""
+    if not states:
+        raise InputError("states: got none, expected at least one to join")
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *states)
+
+
+def check_state(state: MambaState, config: Mamba2Config, dtype: str, batch_size: int) -> None:
+    """Raise InputError for a state that a model of this config cannot go on from; names the array."""
+    expected = jax.eval_shape(lambda: init_state(config, batch_size, dtype))
+    for name, got, want in zip(state._fields, state, expected, strict=True):
+        if got.shape != want.shape or got.dtype != want.dtype:
+            raise InputError(
+                f"state: got {name} {got.dtype}{list(got.shape)}, expected {want.dtype}{list(want.shape)} for "
+                f"{batch_size} rows of this model; pass a state that the same config wrote"
+            )

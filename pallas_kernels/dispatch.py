@@ -149,7 +149,7 @@ class Op:
     def _decide(self, implementation: Implementation, args: tuple, kwargs: dict) -> tuple[str | None, dict[str, str]]:
         asked_for = _asked_for(implementation)
         automatic = asked_for is None
-        candidates = PREFERENCE.get(jax.default_backend(), ("xla",)) if automatic else _as_names(asked_for)
+        candidates = _preferred(jax.default_backend()) if automatic else _as_names(asked_for)
         reasons = {}
         for name in candidates:
             reason = self._why_not(name, args, kwargs, automatic)
@@ -185,7 +185,14 @@ def _why_passed_over(name: str, chosen: str | None, automatic: bool) -> str:
         return "it would run, but was not asked for"
     if name == "reference":
         return "it is the oracle of the tests, never chosen automatically"
-    return f"it would run, but {chosen} is preferred on {jax.default_backend()}"
+    platform = jax.default_backend()
+    if name not in _preferred(platform):
+        return f"it would run, but nobody has measured it to beat {chosen} on a {platform}; name it to use it"
+    return f"it would run, but {chosen} is preferred on {platform}"
+
+
+def _preferred(platform: str) -> tuple[str, ...]:
+    return PREFERENCE.get(platform, ("xla",))
 
 
 def _asked_for(implementation: Implementation) -> Implementation:

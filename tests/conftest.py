@@ -8,6 +8,7 @@ import os
 import pytest
 
 # Before JAX starts its backends, which happens at the first array.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nothing is left in the user's cache folder
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 ACCELERATORS = ("gpu", "tpu")
@@ -20,7 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not any(name in config.getoption("markexpr") for name in ACCELERATORS):
         jax.config.update("jax_platforms", "cpu")
+        # Most of a test's time goes to the compiler, whose optimizations cost more here than they save. Children too.
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        jax.config.update("jax_disable_most_optimizations", optimizations_disabled())
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def optimizations_disabled() -> bool:
+    return os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") in ("1", "true")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -49,9 +49,10 @@ def test_sampling_options_are_used(folder, capsys, monkeypatch):
     answer_, used = chat._answer, []
     monkeypatch.setattr(chat, "_answer", lambda *args: (used.append(args[-1]), answer_(*args)))
     options = ["--temperature", "2.5", "--top-k", "9", "--top-p", "0.9", "--seed", "4"]
+    options += ["--min-p", "0.01", "--repetition-penalty", "1.1", "--stop", "one", "--stop", "two"]
     chat.main([str(folder), "--prompt", "what is this?", *options, *FEW])
-    sampling = Sampling(temperature=2.5, top_k=9, top_p=0.9)
-    assert used == [{"sampling": sampling, "max_new_tokens": 6, "seed": 4}]
+    sampling = Sampling(temperature=2.5, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1)
+    assert used == [{"sampling": sampling, "max_new_tokens": 6, "seed": 4, "stop_strings": ["one", "two"]}]
     answer = expected("what is this?", None, sampling=sampling, seed=4)
     assert capsys.readouterr().out.strip() == answer != expected("what is this?", None)
 

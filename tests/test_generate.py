@@ -10,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ml_mamba_jax import batching
+from ml_mamba_jax import batching, decoding
 from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.decoding import bucket, generate_tokens, pad_rows
 from ml_mamba_jax.errors import InputError, NonFiniteError
-from ml_mamba_jax.generation import Chat, WholeCharacters, generate, generate_tokens, stream
+from ml_mamba_jax.generation import Answer, Chat, answer_probabilities, generate, image_state, stream
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.sampling import Sampling
+from ml_mamba_jax.state import init_state, join, take_rows
+from ml_mamba_jax.text_stream import TextStream, text_of
 from ml_mamba_jax.tokenizer import Tokenizer
 from tests import tiny_model
 from tests.tiny_model import MODEL, N_VISUAL, apply
@@ -51,7 +54,7 @@ def written(prompts=QUESTIONS, images=IMAGES, params=None, stop_ids=(TOKENIZER.e
     tokens, counts, state = generate_tokens(
         MODEL,
         weights() if params is None else params,
-        *batching.pad_rows(rows, TOKENIZER.eos_id),
+        *pad_rows(rows, TOKENIZER.eos_id),
         *batching.stack_images(images, MODEL.config),
         jax.random.key(seed),
         max_new_tokens=N_NEW,
@@ -62,7 +65,7 @@ def written(prompts=QUESTIONS, images=IMAGES, params=None, stop_ids=(TOKENIZER.e
     return rows, np.asarray(tokens), np.asarray(counts), state
 
 
-def by_forward_passes(ids: list[int], image, n: int = N_NEW) -> list[int]:
+def by_forward_passes(ids: list[int], image, n: int = N_NEW, penalty: float = 1.0) -> list[int]:
     """The likeliest token after everything so far, by a full forward pass for each; stops at the end of text."""
     pixels, _ = batching.stack_images([image], MODEL.config)
     new = []
@@ -71,7 +74,10 @@ def by_forward_passes(ids: list[int], image, n: int = N_NEW) -> list[int]:
         padded[0, : len(ids) + len(new)] = ids + new
         logits = apply(weights(), jnp.asarray(padded), images=pixels)
         last = (0 if image is None else N_VISUAL) + len(ids) + len(new) - 1
-        token = int(np.argmax(logits[0, last, : TOKENIZER.vocab_size]))
+        row = np.array(logits[0, last, : TOKENIZER.vocab_size])
+        said = sorted({*ids, *new})
+        row[said] = np.where(row[said] > 0, row[said] / penalty, row[said] * penalty)
+        token = int(np.argmax(row))
         if token == TOKENIZER.eos_id:
             break
         new.append(token)
@@ -86,6 +92,28 @@ def test_greedy_is_the_argmax_of_full_forward_passes():
     texts = generate(MODEL, weights(), TOKENIZER, QUESTIONS, IMAGES, max_new_tokens=N_NEW)
     assert texts == [TOKENIZER.decode(t[:n].tolist()).strip() for t, n in zip(tokens, counts, strict=True)]
     assert len(set(texts)) == 3  # different questions have different answers, or this test says little
+
+
+def test_a_repetition_penalty_counts_prompt_and_answer():
+    sampling = Sampling(repetition_penalty=1.3)
+    rows, tokens, counts, _ = written(sampling=sampling)
+    free = written()[1]
+    assert (tokens != free).any(axis=1).all()  # without it the answers are others
+    for row, image, got, count in zip(rows, IMAGES, tokens, counts, strict=True):
+        assert got[:count].tolist() == by_forward_passes(row, image, penalty=1.3)
+    options = {"max_new_tokens": N_NEW, "sampling": sampling}
+    assert "".join(stream(MODEL, weights(), TOKENIZER, "hi", IMAGES[0], **options)) == text_of(
+        tokens[0, : counts[0]].tolist(), TOKENIZER
+    )
+
+    # In a conversation it counts all turns.
+    chat = Chat(MODEL, weights(), TOKENIZER)
+    chat.ask("hi", IMAGES[0], max_new_tokens=3)
+    before = list(chat.ids)
+    chat.ask("what is this?", **options)
+    read = chat.ids[: len(chat.ids) - len(chat.answer_ids)]
+    assert read[: len(before)] == before == [*rows[0], *free[0, :3]]
+    assert chat.answer_ids == by_forward_passes(read, IMAGES[0], penalty=1.3)
 
 
 def test_a_batch_equals_its_rows_one_by_one():
@@ -118,7 +146,7 @@ def test_a_finished_row_stays_finished_and_the_others_go_on():
         assert not tokens[row, count:].any()
     # The state is that after the last token that belongs to the answer.
     read = [row + new[:count].tolist() for row, new, count in zip(rows, tokens, counts, strict=True)]
-    padded, lengths = batching.pad_rows(read, 0)
+    padded, lengths = pad_rows(read, 0)
     pixels, mask = batching.stack_images(IMAGES, MODEL.config)
     _, expected_state = apply(weights(), padded, images=pixels, image_mask=mask, lengths=lengths, method="prefill")
     for a, b in zip(state, expected_state, strict=True):
@@ -133,7 +161,7 @@ def test_ids_that_no_token_has_are_never_chosen():
         "language": {**weights()["language"], "embedding": embedding.at[TOKENIZER.vocab_size :].multiply(99)},
     }
     rows, tokens, counts, _ = written(params=loud)
-    padded, lengths = batching.pad_rows(rows, 0)
+    padded, lengths = pad_rows(rows, 0)
     logits, _ = apply(loud, padded, lengths=lengths, method="prefill")
     assert (np.argmax(logits, axis=-1) >= TOKENIZER.vocab_size).all()  # they would be, without the mask
     assert counts.sum() > 0 and tokens.max() < TOKENIZER.vocab_size
@@ -152,9 +180,9 @@ def test_seeds_repeat_and_differ():
 
 def test_another_prompt_length_compiles_nothing():
     written(["hi"] * 3)
-    compiled = generate_tokens._cache_size()
+    compiled = [function._cache_size() for function in (decoding._read_piece, decoding.write_in_place)]
     written(["hi there", "what?", "no"])
-    assert generate_tokens._cache_size() == compiled
+    assert [function._cache_size() for function in (decoding._read_piece, decoding.write_in_place)] == compiled
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=5.0)], ids=["greedy", "hot"])
@@ -166,13 +194,162 @@ def test_a_stream_is_what_generate_returns(sampling):
         assert "".join(pieces) == generate(MODEL, weights(), TOKENIZER, [question], [image], **options)[0]
 
 
+def test_long_prompts_are_read_in_pieces(monkeypatch):
+    """Rows end in the first, the second and the last piece; memory is that of one piece whatever the length."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, TOKENIZER.vocab_size, n).tolist() for n in (5, 64, 100)]
+    pixels, mask = batching.stack_images(IMAGES, MODEL.config)
+    padded, lengths = pad_rows(rows, 0)
+    logits, state = apply(weights(), padded, images=pixels, image_mask=mask, lengths=lengths, method="prefill")
+    monkeypatch.setattr(decoding, "PIECE", 32)
+    assert pad_rows(rows, 0)[0].shape == (3, 128)
+    shapes = []
+    read_piece = decoding._read_piece
+    monkeypatch.setattr(decoding, "_read_piece", lambda *args: shapes.append(args[2].shape) or read_piece(*args))
+    got = decoding.read(MODEL, weights(), *pad_rows(rows, 0), pixels, mask)
+    assert shapes == [(3, 32)] * 4
+    for a, b in ((got.logits, logits), (got.state.ssm, state.ssm), (got.state.conv, state.conv)):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_lengths_fall_into_few_buckets():
+    piece = decoding.PIECE
+    assert [bucket(n) for n in (1, 32, 33, 65, piece - 1, piece)] == [32, 32, 64, 128, piece, piece]
+    assert [bucket(n) for n in (piece + 1, 2 * piece, 5 * piece + 40)] == [piece + 32, 2 * piece, 5 * piece + 64]
+
+
+def test_one_image_is_encoded_once_for_many_questions():
+    asked = generate(MODEL, weights(), TOKENIZER, QUESTIONS, [IMAGES[0]] * 3, max_new_tokens=N_NEW)
+    state = image_state(MODEL, weights(), IMAGES[0])
+    options = {"state": state, "max_new_tokens": N_NEW}
+    assert generate(MODEL, weights(), TOKENIZER, QUESTIONS, **options) == asked
+    assert "".join(stream(MODEL, weights(), TOKENIZER, QUESTIONS[1], **options)) == asked[1]
+    both = join([state, image_state(MODEL, weights(), IMAGES[2])])
+    rows = take_rows(both, jnp.asarray([1, 0, 1]))
+    expected = generate(MODEL, weights(), TOKENIZER, QUESTIONS, [IMAGES[i] for i in (2, 0, 2)], max_new_tokens=N_NEW)
+    assert generate(MODEL, weights(), TOKENIZER, QUESTIONS, state=rows, max_new_tokens=N_NEW) == expected
+    with pytest.raises(InputError, match="image: got None"):
+        image_state(MODEL, weights(), None)
+
+
+def test_a_conversation_may_see_several_images():
+    chat = Chat(MODEL, weights(), TOKENIZER)
+    chat.ask("hi", IMAGES[0], max_new_tokens=4)
+    first = list(chat.ids)
+    chat.ask("what is this?", IMAGES[2], max_new_tokens=4)
+    end = TOKENIZER.eos_id
+    assert chat.ids[: len(first) + 1] == [*first, end]
+    question = chat.ids[len(first) + 1 : len(chat.ids) - len(chat.answer_ids)]
+    assert question == TOKENIZER.encode("\n<|user|>\nwhat is this?<|endoftext|>\n<|assistant|>\n")
+    state = None
+    for ids, image in ((first, IMAGES[0]), ([end], None), ([*question, *chat.answer_ids], IMAGES[2])):
+        tokens, lengths = pad_rows([ids], end)
+        pixels, _ = batching.stack_images([image], MODEL.config)
+        _, state = apply(weights(), tokens, images=pixels, lengths=lengths, state=state, method="prefill")
+    np.testing.assert_allclose(chat.state.ssm, state.ssm, atol=1e-4 * np.abs(state.ssm).max())
+
+
+def test_a_forked_chat_goes_its_own_way():
+    chat = Chat(MODEL, weights(), TOKENIZER)
+    chat.ask("hi", IMAGES[0], max_new_tokens=4)
+    other = chat.fork()
+    first, second = (c.ask(q, max_new_tokens=6) for c, q in ((chat, "a cat?"), (other, "what is this?")))
+    assert first != second and chat.turns[:2] == other.turns[:2] and chat.turns != other.turns
+    again = Chat(MODEL, weights(), TOKENIZER)
+    again.ask("hi", IMAGES[0], max_new_tokens=4)
+    assert again.ask("what is this?", max_new_tokens=6) == second and again.ids == other.ids
+
+
+def test_probabilities_are_those_of_the_first_tokens_among_each_other():
+    answers = ["yes", "cat", "what is"]
+    got = answer_probabilities(MODEL, weights(), TOKENIZER, QUESTIONS, IMAGES, answers=answers)
+    first = [TOKENIZER.encode(answer)[0] for answer in answers]
+    for row, question, image in zip(got, QUESTIONS, IMAGES, strict=True):
+        ids = batching.encode_turns(TOKENIZER, question)
+        pixels, _ = batching.stack_images([image], MODEL.config)
+        logits = np.asarray(apply(weights(), jnp.asarray([ids], jnp.int32), images=pixels), np.float64)[0, -1, first]
+        np.testing.assert_allclose(row, np.exp(logits) / np.exp(logits).sum(), rtol=1e-4)
+    for answers in (["yes"], ["yes", ""], "yes"):
+        with pytest.raises(InputError, match=r"answers: got .*, expected a list of at least two texts"):
+            answer_probabilities(MODEL, weights(), TOKENIZER, ["a"], answers=answers)
+    with pytest.raises(InputError, match="got 'yes' and 'yes', which begin with the same token"):
+        answer_probabilities(MODEL, weights(), TOKENIZER, ["a"], answers=["no", "yes", "yes"])
+
+
+def test_a_stop_string_ends_an_answer_and_is_no_part_of_it():
+    tokenizer, options = Tokenizer.train([], 257), {"max_new_tokens": N_NEW}  # one byte a token
+    ask = functools.partial(generate, MODEL, printable_params(), tokenizer)
+    whole = ask(["what is this?"], **options)[0]
+    stop = whole[3:6]
+    cut = whole[: whole.index(stop)]
+    assert 0 < len(cut) <= 3
+    assert ask(["what is this?"], **options, stop_strings=[stop, "never"]) == [cut]
+    assert ask(["what is this?"], **options, stop_strings=["never", whole + "!"]) == [whole]
+    for stops, text in (([stop], cut), (["never", whole + "!"], whole)):
+        pieces = stream(MODEL, printable_params(), tokenizer, "what is this?", **options, stop_strings=stops)
+        assert "".join(pieces) == text
+    chat = Chat(MODEL, printable_params(), tokenizer)
+    assert chat.ask("what is this?", **options, stop_strings=[stop]) == cut == chat.turns[-1].text
+    read = [*batching.encode_turns(tokenizer, "what is this?"), *chat.answer_ids]
+    tokens, lengths = pad_rows([read], 0)
+    _, state = apply(printable_params(), tokens, lengths=lengths, method="prefill")
+    np.testing.assert_allclose(chat.state.ssm, state.ssm, atol=1e-4 * np.abs(state.ssm).max())
+    for stops in ([""], "stop"):
+        with pytest.raises(InputError, match=r"stop_strings: got .*, expected a list of texts of at least one"):
+            ask(["a"], stop_strings=stops)
+
+
+@given(st.text("ab \n", max_size=12), st.lists(st.text("ab ", min_size=1, max_size=3), max_size=3))
+def test_a_stream_stops_where_the_first_stop_string_is_complete(text, stops):
+    by_byte = Tokenizer.train([], 257)
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    seen = text[: min(ends)] if ends else text  # as far as it is read
+    expected = seen[: min(seen.index(stop) for stop in stops if stop in seen)] if ends else text
+    assert text_of(by_byte.encode(text), by_byte, stops) == expected.strip()
+
+
+def test_an_abandoned_answer_has_the_state_of_what_was_handed_out():
+    for taken in (1, 2, 5):
+        answer = Answer(
+            *(MODEL, weights(), TOKENIZER, batching.encode_turns(TOKENIZER, "hi")),
+            max_new_tokens=N_NEW,
+            sampling=Sampling(),
+            seed=0,
+            stop_ids=(),
+        )
+        pieces = iter(answer)
+        while len(answer.ids) < taken:
+            next(pieces)
+        pieces.close()
+        tokens, lengths = pad_rows([[*batching.encode_turns(TOKENIZER, "hi"), *answer.ids]], 0)
+        _, state = apply(weights(), tokens, lengths=lengths, method="prefill")
+        np.testing.assert_allclose(answer.state.ssm, state.ssm, atol=1e-4 * np.abs(state.ssm).max())
+
+
+def test_a_long_answer_needs_no_more_memory_than_a_short_one():
+    """Device buffers, compilations and the state stay as they are, however many tokens are written."""
+    got = decoding.read(MODEL, weights(), *pad_rows([[1, 2, 3]], 0))
+    options = {"capacity": 32, "sampling": Sampling(temperature=1.0), "stop_ids": (), "vocab_size": 280}
+
+    def go_on(got):
+        *_, got = decoding.write_in_place(MODEL, weights(), got, jax.random.key(0), 32, **options)
+        return got
+
+    got = go_on(got)
+    live, compiled = len(jax.live_arrays()), decoding.write_in_place._cache_size()
+    for _ in range(30):
+        got = go_on(got)
+    assert got.position == 32 * 31
+    assert len(jax.live_arrays()) == live and decoding.write_in_place._cache_size() == compiled
+
+
 TEXT = "naïve  日本語\n🙂 is 👩‍👩‍👧 é"
 
 
 def test_characters_of_several_bytes_are_emitted_whole_and_at_once():
     by_byte = Tokenizer.train([], 257)
     assert len(by_byte.encode(TEXT)) == len(TEXT.encode())
-    characters = WholeCharacters(by_byte)
+    characters = TextStream(by_byte)
     pieces = [characters.push(i) for i in by_byte.encode(f" {TEXT}\n")]
     assert "".join(pieces) == TEXT and characters.flush() == ""
     assert len([piece for piece in pieces if piece]) == len("".join(TEXT.split()))
@@ -181,7 +358,7 @@ def test_characters_of_several_bytes_are_emitted_whole_and_at_once():
 
 @given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=12))
 def test_pieces_join_to_the_decoded_text_for_any_tokens(ids):
-    characters = WholeCharacters(TOKENIZER)
+    characters = TextStream(TOKENIZER)
     pieces = [characters.push(i) for i in ids]
     assert "".join([*pieces, characters.flush()]) == TOKENIZER.decode(ids).strip()
 
@@ -236,8 +413,6 @@ def test_a_chat_streams_survives_an_abandoned_answer_and_resets():
     begun = next(pieces) + next(pieces)
     pieces.close()
     assert chat.turns == [Turn("human", "what is this?"), Turn("gpt", begun)]
-    with pytest.raises(InputError, match="image: got one in the middle of a conversation"):
-        chat.ask("and this?", IMAGES[0])
     turns = [*chat.turns, Turn("human", "and then")]
     expected, alone = from_scratch([turns, "and then"], [IMAGES[0], None])
     assert "".join(chat.stream("and then", max_new_tokens=6)) == expected
@@ -251,7 +426,7 @@ def test_another_prompt_format_has_its_own_marks_and_stops_at_its_own_end(format
     model = MLMamba(MODEL.config.replace(prompt_format=format))
     tokenizer = Tokenizer.train([], 258, "pure")
     params, end_id, options = printable_params(tokenizer), tokenizer.end_id(format), {"max_new_tokens": N_NEW}
-    tokens, lengths = batching.pad_rows([tokenizer.encode("In: what is this?\nOut: ")], tokenizer.eos_id)
+    tokens, lengths = pad_rows([tokenizer.encode("In: what is this?\nOut: ")], tokenizer.eos_id)
     free, *_ = generate_tokens(
         *(model, params, tokens, lengths, None, None, jax.random.key(0)), stop_ids=(), vocab_size=258, **options
     )
@@ -270,7 +445,7 @@ def test_another_prompt_format_has_its_own_marks_and_stops_at_its_own_end(format
     assert chat.ask("and then", **options) == generate(model, params, tokenizer, [turns], **options)[0] != ""
     read = tokenizer.encode("In: what is this?\nOut: ") + tokenizer.encode(expected) + [end_id]
     read += tokenizer.encode("\nIn: and then\nOut: " if format == "mamba" else "In: and then\nOut: ") + chat.answer_ids
-    tokens, lengths = batching.pad_rows([read], tokenizer.eos_id)
+    tokens, lengths = pad_rows([read], tokenizer.eos_id)
     _, state = apply(params, tokens, lengths=lengths, method="prefill")
     np.testing.assert_allclose(chat.state.ssm, state.ssm, atol=1e-4 * np.abs(state.ssm).max())
 
@@ -288,10 +463,10 @@ def test_every_turn_is_tokenised_on_its_own_and_padded_to_a_bucket():
     pieces.append("\n<|user|>\nsat<|endoftext|>\n<|assistant|>\n")
     assert batching.encode_turns(TOKENIZER, turns) == [i for piece in pieces for i in TOKENIZER.encode(piece)]
     assert batching.encode_turns(TOKENIZER, "a cat") == TOKENIZER.encode(pieces[0])
-    tokens, lengths = batching.pad_rows([[1, 2], [3] * 33], 9)
+    tokens, lengths = pad_rows([[1, 2], [3] * 33], 9)
     assert tokens.shape == (2, 64) and lengths.tolist() == [2, 33]
     assert tokens[0].tolist() == [1, 2] + [9] * 62
-    assert batching.pad_rows([[1] * 32], 0)[0].shape == (1, 32)
+    assert pad_rows([[1] * 32], 0)[0].shape == (1, 32)
 
 
 def test_input_that_cannot_be_answered_is_refused():
@@ -316,6 +491,12 @@ def test_input_that_cannot_be_answered_is_refused():
         ask(["a"], [IMAGES[0]], model=MLMamba(MLMambaConfig(language=MODEL.config.language)))
     with pytest.raises(ValueError, match="got a gpt turn last"):
         ask([[Turn("human", "a"), Turn("gpt", "b")]])
+    with pytest.raises(
+        InputError, match=r"state: got conv float32\[2, 3, .*\], expected float32\[2, 2, .*\] for 2 rows"
+    ):
+        ask(["a", "b"], state=init_state(MODEL.config.language, 3))
+    with pytest.raises(InputError, match=r"state: got conv bfloat16.*, expected float32"):
+        ask(["a", "b"], state=init_state(MODEL.config.language, 1, "bfloat16"))
     small = MODEL.config.language.__class__(MODEL.config.language.mixer, n_layers=1, vocab_size=270)
     with pytest.raises(
         InputError, match=f"tokenizer: got {TOKENIZER.vocab_size} entries, expected at most the 270 of the model"

@@ -37,7 +37,7 @@ CONVERT, DATA, TRAINING = "ml_mamba_jax/convert/", "ml_mamba_jax/data/", "ml_mam
 HEAVY = {
     "torch": Heavy((CONVERT, "benchmarks/"), lazily=True),
     "transformers": Heavy((CONVERT,), lazily=True),
-    "safetensors": Heavy((CONVERT, "ml_mamba_jax/checkpoint.py"), lazily=True),
+    "safetensors": Heavy((CONVERT, "ml_mamba_jax/checkpoint.py", "ml_mamba_jax/state_file.py"), lazily=True),
     "grain": Heavy((DATA, TRAINING)),
     "tensorflow_datasets": Heavy((DATA,)),
     "array_record": Heavy((DATA,)),

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.sampling import Sampling, sample
+from ml_mamba_jax.sampling import Sampling, penalize_repetition, sample
 
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0, 2.5, -1.0, 0.5], np.float32)
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What `sample` should draw from: temperature, then top-k, then top-p, one token at a time."""
+    """What `sample` should draw from: temperature, then top-k, top-p and min-p, one token at a time."""
     scaled = logits.astype(np.float64) / sampling.temperature
     p = np.exp(scaled - scaled.max())
     p /= p.sum()
@@ -23,7 +23,8 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     for i in kept:
         if sampling.top_p is not None and reached >= sampling.top_p:
             break
-        nucleus.append(i)
+        if sampling.min_p is None or p[i] >= sampling.min_p * p.max():
+            nucleus.append(i)
         reached += p[i] / total
     result = np.zeros_like(p)
     result[nucleus] = p[nucleus]
@@ -43,6 +44,10 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         Sampling(temperature=1.0, top_p=1e-9),
         Sampling(temperature=1.0, top_p=1.0),
         Sampling(temperature=2.0, top_k=5, top_p=0.8),
+        Sampling(temperature=1.0, min_p=0.1),
+        Sampling(temperature=1.0, min_p=1.0),
+        Sampling(temperature=1.0, min_p=0.0),
+        Sampling(temperature=2.0, top_k=6, top_p=0.9, min_p=0.3),
     ],
     ids=str,
 )
@@ -101,6 +106,10 @@ def test_rows_draw_independently():
         ({"top_p": 0.0}, "top_p: got 0.0, expected above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p: got 1.5"),
         ({"top_p": float("nan")}, "top_p: got nan"),
+        ({"min_p": -0.1}, "min_p: got -0.1, expected 0 to 1"),
+        ({"min_p": float("nan")}, "min_p: got nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: got 0.0, expected a finite number above 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty: got inf"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -110,3 +119,9 @@ def test_impossible_options_are_refused(options, message):
 
 def test_options_are_hashable_and_compare_by_value():
     assert hash(Sampling(0.5, top_k=3)) == hash(Sampling(0.5, top_k=3)) and Sampling(0.5) != Sampling(0.6)
+
+
+def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign():
+    seen = np.arange(len(LOGITS)) % 2 == 0
+    actual = penalize_repetition(jnp.asarray(LOGITS)[None], jnp.asarray(seen)[None], 2.0)[0]
+    np.testing.assert_array_equal(actual, [0.5, 3.0, -4.0, 2.5, 0.0, 2.5, -2.0, 0.5])

@@ -11,7 +11,7 @@ from pallas_kernels.shapes import check_rank, check_shape
 CAUSAL_CONV1D = Op(
     "causal_conv1d",
     "pallas_kernels.causal_conv1d",
-    ("reference", "xla"),
+    ("reference", "xla", "pallas_gpu"),
     axes={"x": "b l c", "weight": "c w", "bias": "c", "initial_state": "b w c", "segment_ids": "b l"},
     outputs=lambda arguments, _: ("b l c", "b w c") if arguments["return_final_state"] else "b l c",
     sequential=True,

@@ -34,16 +34,27 @@ def causal_conv1d(
         y = jax.nn.silu(y)
     y = y.astype(x.dtype)
 
+    if segments is not None:
+        y = jnp.where(segments.real[..., None], y, 0)
+    return (y, final_state(x, initial_state, segments)) if return_final_state else y
+
+
+def final_state(x, initial_state, segments):
+    """The last w - 1 inputs up to the last real token of each row, [b w-1 c]; `segments` those of `number_segments`."""
+    length, width = x.shape[1], initial_state.shape[1] + 1
+    if segments is not None:
+        x = jnp.where(segments.real[..., None], x, 0)
+    extended = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
     if segments is None:
         final = extended[:, length:]
     else:
-        y = jnp.where(segments.real[..., None], y, 0)
+        index = jnp.pad(segments.index, ((0, 0), (width - 1, 0)))
         last_real = jnp.max(jnp.where(segments.real, jnp.arange(length)[None], -1), axis=1)
         window = last_real[:, None] + 1 + jnp.arange(width - 1)[None]  # positions in `extended`, [b w-1]
         final = jnp.take_along_axis(extended, window[..., None], axis=1)
         same = jnp.take_along_axis(index, window, axis=1) == segments.index[:, -1:]
         final = jnp.where(same[..., None], final, 0)
-    return (y, final.astype(initial_state.dtype)) if return_final_state else y
+    return final.astype(initial_state.dtype)
 
 
 causal_conv1d_step = reference.causal_conv1d_step  # one token has only one form

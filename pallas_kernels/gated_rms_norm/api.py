@@ -20,7 +20,7 @@ ROWS = "b c|b l c|k b l c"
 GATED_RMS_NORM = Op(
     "gated_rms_norm",
     "pallas_kernels.gated_rms_norm",
-    ("reference", "xla"),
+    ("reference", "xla", "pallas_gpu"),
     axes={"x": ROWS, "z": ROWS, "weight": "c"},
     outputs=lambda _, forms: forms["x"],
     can_split=_groups_stay_whole,

@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gradients import with_gradient_of
+from pallas_kernels.hopper import launch, load, load32, silu, why_not_here  # noqa: F401, why_not_here: part of a backend
 from pallas_kernels.mamba2_step import xla
 from pallas_kernels.mamba2_step.sizes import Sizes, split_sizes
-from pallas_kernels.ssd.pallas_gpu import step, why_not_here  # noqa: F401, the devices are the same
-from pallas_kernels.ssd.pallas_gpu.tiles import load
+from pallas_kernels.ssd.pallas_gpu import step
 
 THREADS = 128  # of a block
 
@@ -93,7 +93,7 @@ def _two_launches(
     }
     inputs = {name: a for name, a in inputs.items() if a is not None}
     ssm_state = jax.new_ref(ssm_state)
-    y = step.launch(
+    y = launch(
         functools.partial(_scan, [*inputs], sizes, tile, dt_limit),
         "mamba2_step_scan",
         y,
@@ -103,7 +103,7 @@ def _two_launches(
     inputs = {"layer": layer, "y": y, "zxbcdt": zxbcdt, "norm_weight": norm_weight}
     inputs = {name: a for name, a in inputs.items() if a is not None}
     conv_state = jax.new_ref(conv_state)
-    y = step.launch(
+    y = launch(
         functools.partial(_norm, [*inputs], sizes, norm_eps, norm_before_gate),
         "mamba2_step_norm",
         jax.ShapeDtypeStruct(y.shape, y.dtype),
@@ -127,11 +127,11 @@ def _scan(names, sizes: Sizes, tile: step.Tile, dt_limit, *refs):
         taps = refs["conv_weight"].shape[1]
         window = [conv_state.at[(*_layer(refs), batch, tap, channels)] for tap in range(taps - 1)]
         window.append(zxbcdt.at[batch, pl.ds(sizes.inner + first, width)])
-        total = step.load32(refs["conv_bias"].at[channels], layout) if "conv_bias" in refs else None
+        total = load32(refs["conv_bias"].at[channels], layout) if "conv_bias" in refs else None
         for tap, ref in enumerate(window):
-            term = step.load32(ref, layout) * step.load32(refs["conv_weight"].at[channels, tap], layout)
+            term = load32(ref, layout) * load32(refs["conv_weight"].at[channels, tap], layout)
             total = term if total is None else total + term
-        return step.silu(total).astype(dtype).astype(jnp.float32)
+        return silu(total).astype(dtype).astype(jnp.float32)
 
     @functools.partial(pl.run_scoped, shared=plgpu.SMEM((2, sizes.state), jnp.float32))
     def vectors(shared):
@@ -168,12 +168,12 @@ def _norm(names, sizes: Sizes, eps, norm_before_gate, *refs):
         width = sizes.inner // sizes.groups
         layout = strided(width)
         channels = pl.ds(group * width, width)
-        y = step.load32(refs["y"].at[batch, channels], layout)
-        gate = step.silu(step.load32(zxbcdt.at[batch, channels], layout))
+        y = load32(refs["y"].at[batch, channels], layout)
+        gate = silu(load32(zxbcdt.at[batch, channels], layout))
         if "norm_weight" not in refs:
             y = y * gate
         else:
-            weight = step.load32(refs["norm_weight"].at[channels], layout)
+            weight = load32(refs["norm_weight"].at[channels], layout)
             if not norm_before_gate:
                 y = y * gate
             y = y * lax.rsqrt(jnp.sum(y * y) * (1.0 / width) + eps) * weight

@@ -10,7 +10,7 @@ from pallas_kernels.shapes import check_divides, check_rank, check_shape
 SSD = Op(
     "ssd",
     "pallas_kernels.ssd",
-    ("reference", "xla", "pallas_gpu"),
+    ("reference", "xla", "pallas_gpu", "pallas_tpu"),
     axes={
         "x": "b l h p",
         "dt": "b l h",

@@ -227,7 +227,7 @@ def test_hostile_files_are_one_line_and_leave_nothing(tmp_path, capsys, name):
     before = sorted(folder.rglob("*"))
     start = time.perf_counter()
     error = fails(capsys, path, tmp_path / "out")
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 60
     assert re.search(HOSTILE[name].expected, error) and str(path) in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == ["src"] and sorted(folder.rglob("*")) == before and not (folder / CANARY).exists()
 

@@ -1,12 +1,12 @@
 """What the backward kernels of the Mosaic GPU backend compute, in plain JAX: for where there is no GPU.
 
-They stand in for `boundaries.boundary_states` and `backward.chunk_gradients`, read what those read and round where they
-round, so all that surrounds the kernels can be tested on a CPU.
+They stand in for `boundaries.boundary_states`, `backward.chunk_gradients` and `backward.log_decay_gradients`, read what
+those read and round where they round, so all that surrounds the kernels can be tested on a CPU.
 """
 
 import jax.numpy as jnp
 
-from pallas_kernels.ssd.pallas_gpu import exponents
+from pallas_kernels.ssd.pallas_gpu import backward, exponents
 from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK
 
 
@@ -90,3 +90,11 @@ def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None)
     dx = jnp.swapaxes(dx, 2, 3).reshape(batch, -1, slices, CHUNK)[:, :length].astype(dtype)
     dB, dC = (jnp.swapaxes(a, 2, 3).reshape(batch, -1, groups, n) for a in (dB, dC))
     return dx, dB, dC, sums
+
+
+def log_decay_gradients(sums, factors):
+    d, kept = factors[..., exponents.STEP, :], jnp.exp2(factors[..., exponents.FROM_STATE, -1])
+    through_end = d * sums[..., backward.X_STATE, :]
+    ds = sums[..., backward.ROW, :] - d * sums[..., backward.COLUMN, :] - through_end
+    last = through_end.sum(-1) + kept * sums[..., backward.STATES, :].sum(-1)
+    return jnp.flip(jnp.cumsum(jnp.flip(ds, -1), axis=-1), -1) + last[..., None]

@@ -63,7 +63,7 @@ class SSDSuite:
         for a, e in zip(actual, expected, strict=True):
             assert_close(a, e, bound or self.bounds[dtype])
 
-    @pytest.mark.parametrize("length", [1, 17, 63, 64, 65, 119, 300, 729])
+    @pytest.mark.parametrize("length", [1, 17, 63, 64, 65, 119, 300, 729, 2048])
     def test_lengths(self, length):
         self.check(problem(l=length))
 
@@ -205,6 +205,20 @@ class SSDSuite:
         ).astype(np.int32)
         self.check(problem(l=131), segment_ids=ids)
 
+    # state-spaces/mamba, tests/ops/triton/test_ssd.py: packed sequences of 1 to 199 tokens; fewer, and of y as well.
+    @pytest.mark.parametrize("groups", [1, 2, 8])
+    def test_state_spaces_varlen(self, groups):
+        rng = np.random.default_rng(0)
+        ids = np.repeat(np.arange(8, dtype=np.int32), rng.integers(1, 200, 8))[None]
+        arrays = problem(b=1, l=ids.size, h=8, p=16, n=32, g=groups)
+        arrays = without(arrays, "D", "z", "dt_bias", "initial_state")
+        arrays |= {"A": -0.1 * rng.uniform(size=8).astype(np.float32), "dt": arrays["dt"] - 4}
+        options = {"segment_ids": ids, "dt_softplus": True, "return_final_state": True}
+        expected = exactly(pk.ssd, **arrays, **options)
+        assert_close(
+            named(self.ssd(**arrays, **options), "y", "state"), named(expected, "y", "state"), self.bounds["float32"]
+        )
+
     def test_padding_in_the_middle_of_a_sequence_is_skipped(self):
         arrays = problem(b=1, l=60)
         ids = np.full((1, 60), 3, np.int32)
@@ -258,3 +272,29 @@ class SSDSuite:
             expected_y[:, tokens], expected_state = outputs
         expected = named((expected_y, expected_state), "y", "state")
         assert_close(named((y, state), "y", "state"), expected, self.bounds["float32"])
+
+
+class KernelSSDSuite(SSDSuite):
+    """For the hand-written kernels, which the chunked path in XLA measures."""
+
+    dtypes = ("float32", "bfloat16", "float16")  # of x, B and C, that the kernel multiplies in
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_as_exact_as_xla(self, dtype):
+        """The error of each output and each gradient is at most 1.5 times that of the chunked path in the same dtype."""
+        if dtype not in self.dtypes:
+            pytest.skip(f"{self.implementation} does not multiply in {dtype}")
+        arrays = problem(b=1, l=300, h=4, g=2, p=64, n=64, dtype=dtype)
+        options = {"dt_softplus": True, "return_final_state": True}
+
+        def results(implementation, exact_dtype=None):
+            function = functools.partial(pk.ssd, implementation=implementation, **options)
+            outputs, gradients = outputs_and_gradients(function, arrays, exact_dtype)
+            return outputs | gradients
+
+        truth, ours, xla = results("reference", "float64"), results(self.implementation), results("xla")
+        for name, exact in truth.items():
+            size = np.linalg.norm(exact)
+            error, error_of_xla = (np.linalg.norm(a[name] - exact) / size for a in (ours, xla))
+            allowed = 1.5 * error_of_xla + 0.1 * float(jnp.finfo(dtype).eps)
+            assert error <= allowed, f"{name}: error {error:.3g}, of xla {error_of_xla:.3g}"

@@ -95,6 +95,12 @@ def test_explain_names_what_was_preferred(op):
     assert op.explain(EVEN).reasons["xla"] == "it would run, but pallas_gpu is preferred on cpu"
 
 
+def test_explain_names_what_was_never_measured_to_win(op, monkeypatch):
+    monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("xla",))
+    reason = "it would run, but nobody has measured it to beat xla on a cpu; name it to use it"
+    assert op.explain(EVEN).reasons["pallas_gpu"] == reason
+
+
 def test_explain_a_named_choice(op):
     explanation = op.explain(ODD, implementation="pallas_gpu")
     assert explanation.chosen is None
@@ -162,8 +168,9 @@ def test_named_backends_run():
     y = pk.ssd(*arguments)
     np.testing.assert_array_equal(pk.ssd(*arguments, implementation="xla"), y)
     np.testing.assert_allclose(pk.ssd(*arguments, implementation=("reference",)), y, rtol=1e-6)
+    token = [a[:, 0] if a.ndim > 1 else a for a in arguments]
     with pytest.raises(ExceptionGroup) as error:
-        pk.ssd(*arguments, implementation=("triton", "pallas_tpu"))
+        pk.ssd_step(jnp.zeros((1, 1, 2, 3)), *token, implementation=("pallas_gpu", "pallas_tpu"))
     assert len(error.value.exceptions) == 2
     with pytest.raises(ValueError, match="implementation: got 'tritn'"):
         pk.ssd(*arguments, implementation="tritn")

@@ -16,20 +16,21 @@ import pytest
 import pallas_kernels as pk
 from pallas_kernels.specs import SSD_SPECS, SSDSpec
 from pallas_kernels.ssd import pallas_gpu
-from pallas_kernels.ssd.pallas_gpu import backward, forward
+from pallas_kernels.ssd.pallas_gpu import backward, exponents, forward
 from tests.kernels import gradient_emulation, walk_emulation
 from tests.kernels.compare import BOUNDS, assert_close, exactly, named, outputs_and_gradients
-from tests.kernels.ssd_suite import SSDSuite, problem, without
+from tests.kernels.ssd_suite import KernelSSDSuite, problem, without
 
 OPERANDS = ("x", "B", "C", "z")
 
 
 @pytest.mark.gpu
-class TestPallasGPU(SSDSuite):
+class TestPallasGPU(KernelSSDSuite):
     """The kernel multiplies 16-bit operands: float32 problems are handed to it in bfloat16."""
 
     implementation = "pallas_gpu"
     bounds = BOUNDS | {"float32": BOUNDS["bfloat16"]}
+    dtypes = ("bfloat16", "float16")
 
     def ssd(self, **options):
         dtype = options["x"].dtype
@@ -45,6 +46,30 @@ class TestPallasGPU(SSDSuite):
         arrays = problem(b=1, l=4100, h=4, g=1, p=64, n=64)
         self.check(arrays)
         self.check(arrays, segment_ids=ids)
+
+    def test_more_than_2_to_the_31_elements(self):
+        """Both ends of a row whose x does not fit 32 bits, forward and gradient, equal those of a row cut out there."""
+        length, piece, shown = 8208 * 64, 4096, 1024  # what is further away than piece - shown is forgotten
+        spec = SSDSpec(b=1, l=length, h=64, p=64, n=64)
+        assert spec.shapes()["x"].size > 2**31
+        keys = jax.random.split(jax.random.key(0), 4)
+        x, dy, B, C = (
+            jax.random.normal(key, spec.shapes()[name].shape, jnp.bfloat16)
+            for key, name in zip(keys, ("x", "x", "B", "C"), strict=True)
+        )
+        A = jnp.full(64, -1.0)
+
+        @jax.jit
+        def y_and_dx(x, dy, B, C):
+            dt = jnp.full(x.shape[:3], 0.05)
+            y, pullback = jax.vjp(lambda x: pk.ssd(x, dt, A, B, C, implementation=self.implementation), x)
+            return y, *pullback(dy)
+
+        whole = y_and_dx(x, dy, B, C)
+        for start, at in ((0, slice(None, shown)), (length - piece, slice(piece - shown, None))):
+            alone = y_and_dx(*(a[:, start : start + piece] for a in (x, dy, B, C)))
+            actual = [a[:, start : start + piece][:, at] for a in whole]
+            assert_close(named(actual, "y", "dx"), named([a[:, at] for a in alone], "y", "dx"), BOUNDS["bfloat16"])
 
     def test_runs_the_kernel(self):
         shapes = SSD_SPECS["image"].shapes()
@@ -65,10 +90,13 @@ def emulated(request, monkeypatch):
         parts = min(request.param, whole.chunks)
         return dataclasses.replace(whole, parts=parts, chunks=-(-whole.chunks // parts) * parts)
 
+    monkeypatch.setattr(exponents, "cumulated", walk_emulation.cumulated)
     monkeypatch.setattr(forward, "walk", walk_emulation.walk)
+    monkeypatch.setattr(forward, "states_of_parts", walk_emulation.states_of_parts)
     monkeypatch.setattr(forward, "make_plan", plan)
     monkeypatch.setattr(backward, "boundary_states", gradient_emulation.boundary_states)
     monkeypatch.setattr(backward, "chunk_gradients", gradient_emulation.chunk_gradients)
+    monkeypatch.setattr(backward, "log_decay_gradients", gradient_emulation.log_decay_gradients)
     monkeypatch.setattr(pallas_gpu, "why_not_ssd", lambda *args, **kwargs: None)
 
     def check(arrays, bound=BOUNDS["float32"], **options):
@@ -219,10 +247,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_lowers_for_cuda(name, everything):
-    spec = SHAPES[name]
+def arguments(spec, everything: bool) -> dict:
     arrays = spec.shapes()
     if everything:
         arrays |= {
@@ -231,15 +256,27 @@ def test_lowers_for_cuda(name, everything):
             "initial_state": jax.ShapeDtypeStruct((spec.b, spec.h, spec.p, spec.n), jnp.float32),
             "segment_ids": jax.ShapeDtypeStruct((spec.b, spec.l), jnp.int32),
         }
+    return arrays
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_lowers_for_cuda(name, everything):
     scan = lambda arrays: pk.ssd(**arrays, return_final_state=everything, implementation="pallas_gpu")  # noqa: E731
-    text = export(scan, arrays)
-    assert "ssd_walk" in text
+    text = export(scan, arguments(SHAPES[name], everything))
+    assert "ssd_exponents" in text and "ssd_walk" in text
     assert ("ssd_states" in text) == (name in ("long", "ragged"))  # few heads, so in parts
 
 
-def test_gradient_lowers_for_cuda():
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+@pytest.mark.parametrize("name", ["train", "small", "wide heads"])
+def test_gradient_lowers_for_cuda(name, everything):
     def loss(arrays):
         return jnp.sum(pk.ssd(**arrays, implementation="pallas_gpu").astype(jnp.float32))
 
-    text = export(jax.value_and_grad(loss), abstract())
-    assert "ssd_walk" in text
+    arrays = arguments(SHAPES[name], everything)
+    integers = {key: arrays.pop(key) for key in ("segment_ids",) if key in arrays}
+    grad = lambda arguments: jax.value_and_grad(lambda arrays: loss(arrays | arguments[1]))(arguments[0])  # noqa: E731
+    text = export(grad, (arrays, integers))
+    for kernel in ("ssd_walk", "ssd_boundaries", "ssd_gradients", "ssd_log_decays"):
+        assert kernel in text

@@ -1,8 +1,11 @@
-"""What the Mosaic GPU kernel of `ssd` computes, in plain JAX: takes the place of `pallas_gpu.forward.walk` where there is no GPU.
+"""What the forward kernels of the Mosaic GPU backend compute, in plain JAX: for where there is no GPU.
 
-It reads what the kernel reads (the prepared exponents, the integers of packed sequences, the parts of a split sequence)
-and rounds where the kernel rounds, so all that surrounds the kernel can be tested on a CPU.
+They stand in for `exponents.cumulated`, `forward.walk` and `forward.states_of_parts`, read what those read (the prepared
+exponents, the integers of packed sequences, the parts of a split sequence) and round where they round, so all that
+surrounds the kernels can be tested on a CPU.
 """
+
+import math
 
 import jax.numpy as jnp
 
@@ -10,47 +13,98 @@ from pallas_kernels.ssd.pallas_gpu.exponents import start_of_sequence
 from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK
 
 
-def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, first_visible=None, keep_states=False):
-    batch, length, slices, _ = x.shape
-    groups, n = B.shape[2:]
+def cumulated(d, A, names):
+    s = jnp.cumsum(d, axis=3) * (A.astype(jnp.float32) * math.log2(math.e))[None, :, None, None]
+    u, last = s - jnp.log2(d), s[..., -1:]
+    values = {"s": s, "u": u, "to_end": last - s, "written": last - u, "d": d}
+    return jnp.stack([values[name] for name in names], axis=3)
+
+
+def _rounded(a, dtype):
+    return a.astype(dtype).astype(jnp.float32)
+
+
+def _chunked(a, chunks, slices):
+    """[b l k w] -> [chunk b slices 64 w] in float32, zeros behind the end, as the copies of the kernel fill it."""
+    a = a[:, : chunks * CHUNK]
+    a = jnp.pad(a, ((0, 0), (0, chunks * CHUNK - a.shape[1]), (0, 0), (0, 0))).astype(jnp.float32)
+    a = jnp.repeat(a, slices // a.shape[2], axis=2).reshape(a.shape[0], chunks, CHUNK, slices, -1)
+    return jnp.transpose(a, (1, 0, 3, 2, 4))
+
+
+def _by_chunk_and_slice(factors, slices):
+    return jnp.moveaxis(jnp.repeat(factors, slices // factors.shape[1], axis=1), 2, 0)  # [chunk b slices 2 64]
+
+
+def _left_at_end(s, u, first_visible):
+    """How much is left at a chunk's end of the state that enters it, and of what each token writes."""
+    kept, to_end = jnp.exp2(s[..., -1]), jnp.exp2(s[..., -1:] - u)
+    if first_visible is not None:
+        start = start_of_sequence(first_visible[:, -1])
+        to_end = jnp.where((jnp.arange(CHUNK)[None] >= start[:, None])[:, None], to_end, 0)
+        kept = jnp.where((start < 0)[:, None], kept, 0)
+    return kept, to_end
+
+
+def states_of_parts(*, plan, x, B, factors, first_visible=None):
+    batch, _, slices, _ = x.shape
     dtype = x.dtype
+    x, B = (_chunked(a, plan.chunks, slices) for a in (x, B))
+    factors = _by_chunk_and_slice(factors, slices)
+    added, kept = [], []
+    for part in range(plan.parts - 1):
+        state, later = jnp.zeros((batch, slices, CHUNK, B.shape[-1])), jnp.ones((batch, slices))
+        for chunk in reversed(range(part * plan.chunks_per_part, (part + 1) * plan.chunks_per_part)):
+            first = None if first_visible is None else first_visible[:, chunk]
+            chunk_kept, to_end = _left_at_end(factors[chunk, :, :, 0], factors[chunk, :, :, 1], first)
+            written = _rounded(x[chunk] * (later[..., None] * to_end)[..., None], dtype)
+            state += jnp.einsum("bsjp,bsjn->bspn", written, B[chunk])
+            later *= chunk_kept
+        added.append(state)
+        kept.append(jnp.repeat(later[..., None], CHUNK, axis=2))
+    return jnp.stack(added, axis=1), jnp.stack(kept, axis=1)
+
+
+def walk(
+    *,
+    plan,
+    x,
+    B,
+    factors,
+    C,
+    D=None,
+    z=None,
+    state=None,
+    added=None,
+    kept=None,
+    first_visible=None,
+    keep_state=False,
+):
+    batch, length, slices, _ = x.shape
+    n, dtype = B.shape[-1], x.dtype
     tokens = plan.chunks * CHUNK
 
-    def chunked(a, repeats):
-        """[b l k w] -> [chunk b slices 64 w] in float32, zeros behind the end, as the copies of the kernel fill it."""
-        a = jnp.pad(a, ((0, 0), (0, tokens - a.shape[1]), (0, 0), (0, 0)))
-        a = jnp.repeat(a.astype(jnp.float32), repeats, axis=2).reshape(batch, plan.chunks, CHUNK, slices, -1)
-        return jnp.transpose(a, (1, 0, 3, 2, 4))
+    def chunked(a):
+        return _chunked(a, plan.chunks, slices)
 
     def rounded(a):
-        return a.astype(dtype).astype(jnp.float32)
+        return _rounded(a, dtype)
 
-    def repeated(a):
-        """To slices, and the filling up to a multiple of 8 tokens cut off again."""
-        return chunked(a[:, :tokens], slices // groups)
-
-    x_chunks, z_chunks, B = chunked(x, 1), None if z is None else chunked(z, 1), repeated(B)
-    factors = jnp.moveaxis(jnp.repeat(factors, slices // factors.shape[1], axis=1), 2, 0)  # [chunk b slices 1|2 64]
-    if C is None:
-        written = rounded(x_chunks * jnp.exp2(factors[:, :, :, 0])[..., None])
-        added = jnp.einsum("cbsjp,cbsjn->cbspn", written, B)
-        added = added.reshape(plan.parts, plan.chunks_per_part, *added.shape[1:]).sum(axis=1)
-        return jnp.moveaxis(added[:parts], 0, 1)
-
-    C, ys = repeated(C), []
-    for part in range(parts):
-        carried = jnp.zeros((batch, slices, CHUNK, n), jnp.float32) if state is None else state[:, part]
+    x_chunks, z_chunks, B = chunked(x), None if z is None else chunked(z), chunked(B)
+    factors = _by_chunk_and_slice(factors, slices)
+    C, ys = chunked(C), []
+    for part in range(plan.parts):
+        carried = jnp.zeros((batch, slices, CHUNK, n), jnp.float32) if state is None else state
+        for earlier in range(part):
+            carried = kept[:, earlier, :, :, None] * carried + added[:, earlier]
         for chunk in range(part * plan.chunks_per_part, (part + 1) * plan.chunks_per_part):
             x_c, B_c, s, u = x_chunks[chunk], B[chunk], factors[chunk, :, :, 0], factors[chunk, :, :, 1]
             position = jnp.arange(CHUNK)
             visible = position[:, None] >= position[None, :]
             visible, enters, real = visible[None, None], jnp.array(True), jnp.array(True)
-            kept, to_end = jnp.exp2(s[..., -1]), jnp.exp2(s[..., -1:] - u)
+            first = None if first_visible is None else first_visible[:, chunk]
+            chunk_kept, to_end = _left_at_end(s, u, first)
             if first_visible is not None:
-                first = first_visible[:, chunk]
-                start = start_of_sequence(first[:, -1])
-                to_end = jnp.where((position[None] >= start[:, None])[:, None], to_end, 0)
-                kept = jnp.where((start < 0)[:, None], kept, 0)
                 visible = visible & (position[None, None] >= first[..., None])[:, None]
                 enters, real = (first < 0)[:, None, :, None], (first < CHUNK)[:, None, :, None]
             scores = jnp.einsum("bsin,bsjn->bsij", C[chunk], B_c)
@@ -64,6 +118,6 @@ def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, firs
                 y *= z_chunks[chunk] / (1 + jnp.exp(-z_chunks[chunk]))
             ys.append(jnp.where(real, y, 0).astype(dtype))
             written = rounded(x_c * to_end[..., None])
-            carried = kept[..., None, None] * carried + jnp.einsum("bsjp,bsjn->bspn", written, B_c)
+            carried = chunk_kept[..., None, None] * carried + jnp.einsum("bsjp,bsjn->bspn", written, B_c)
     y = jnp.transpose(jnp.stack(ys), (1, 0, 3, 2, 4)).reshape(batch, tokens, slices, CHUNK)[:, :length]
-    return y, carried[:, None] if keep_states else None
+    return y, carried if keep_state else None

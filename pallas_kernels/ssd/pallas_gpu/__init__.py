@@ -2,26 +2,12 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gradients import with_gradient, with_gradient_of
-from pallas_kernels.sharded import on_one_device
+from pallas_kernels.hopper import why_not_here  # noqa: F401, part of a backend
 from pallas_kernels.ssd import xla
 from pallas_kernels.ssd.pallas_gpu import backward, forward, step
-
-
-def why_not_here() -> str | None:
-    """Why this backend cannot be the automatic choice on the default device."""
-    device = jax.devices()[0]
-    if device.platform != "gpu":
-        return f"needs a CUDA device of compute capability 9.x, the default device is a {device.platform}"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if not capability.startswith("9."):
-        return f"needs a CUDA device of compute capability 9.x, {device.device_kind} has {capability}"
-    if len(jax.devices()) > 1 and not on_one_device():
-        return "several devices: XLA cannot split the kernel over a mesh by itself; call it inside use_mesh"
-    return None
 
 
 def why_not_ssd(x, dt, A, B, C, *, dt_limit=(0.0, float("inf")), **_) -> str | None:

@@ -14,7 +14,7 @@ of the tokens j that write (dx, dB), one on the side of the tokens i that read (
 of a matrix in registers. dB and dC are added up over the heads in registers, and over thread blocks by XLA in a fixed
 order: no atomics, the same bits every time.
 
-The step sizes and decays get their gradients from a few numbers for each token, see `_step_gradients`. With W_ij =
+The step sizes and decays get their gradients from a few numbers for each token, see `log_decay_gradients`. With W_ij =
 E_ij d_j G_ij M_ij, the gradient of s_i is the sum of row i less the sum of column i: numbers that nearly cancel, so
 both sides compute W in float32 and from the same exponents.
 """
@@ -28,20 +28,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import PROCESSORS, load
 from pallas_kernels.segments import number_segments
 from pallas_kernels.ssd.pallas_gpu import exponents, forward
 from pallas_kernels.ssd.pallas_gpu.boundaries import boundary_states
+from pallas_kernels.ssd.pallas_gpu.chunk_sums import over_chunks, positions, product_with_ones
 from pallas_kernels.ssd.pallas_gpu.slices import Slices
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
     COLUMNS,
     COMPILER_PARAMS,
     MATRIX,
-    PROCESSORS,
     ROWS,
     columns,
     keep_filled,
-    load,
     operand,
     rows,
     square,
@@ -109,7 +109,7 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
         """[b h chunks 64] -> [b l h]"""
         return jnp.swapaxes(a.reshape(batch, heads, -1), 1, 2)[:, :length]
 
-    dsteps, dlog_decays = map(by_token, _step_gradients(sums, factors))
+    dsteps, dlog_decays = by_token(sums[..., X_R, :]), by_token(log_decay_gradients(sums, factors))
     result["dt"], result["A"], dbias = steps_pullback((dsteps, dlog_decays))
     if dt_bias is not None:
         result["dt_bias"] = dbias
@@ -126,19 +126,30 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
     return result
 
 
-def _step_gradients(sums, factors):
-    """The gradients of d and of d A, both [b h chunks 64], from the sums of the kernel [b h chunks 6 64]."""
-    d, kept = factors[..., exponents.STEP, :], jnp.exp2(factors[..., exponents.FROM_STATE, -1])
-    from_states = d * sums[..., X_STATE, :]  # through what is left of a token at the end of its chunk
-    ds = sums[..., ROW, :] - d * sums[..., COLUMN, :] - from_states
-    last = jnp.sum(from_states, axis=-1) + kept * jnp.sum(sums[..., STATES, :], axis=-1)
-    # d_t A is a part of all s_i with i >= t.
-    lower = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))
-    later = jnp.einsum("bhci,it->bhct", ds, lower, precision=lax.Precision.HIGHEST)
-    return sums[..., X_R, :], later + last[..., None]
+# The kernels.
 
 
-# The kernel.
+def log_decay_gradients(sums, factors):
+    """The gradient of d A [b h chunks 64], from the sums of `chunk_gradients` and the factors it read."""
+    return over_chunks(_log_decay_gradients, {"sums": sums, "factors": factors}, (CHUNK,), "ssd_log_decays")
+
+
+def _log_decay_gradients(refs, out_ref, tile, ones):
+    def of_sums(row):
+        return load(refs["sums"].at[tile, row], MATRIX, device_memory=True)
+
+    def of_factors(row):
+        return load(refs["factors"].at[tile, row], MATRIX, device_memory=True)
+
+    row, column = positions()
+    ones[...] = jnp.where(row >= column, 1.0, 0.0).astype(ones.dtype)  # d_t A is a part of all s_i with i >= t
+    d = of_factors(exponents.STEP)
+    through_end = d * of_sums(X_STATE)  # through what is left of a token at the end of its chunk
+    later = product_with_ones(of_sums(ROW) - d * of_sums(COLUMN) - through_end, ones)
+    from_state = jnp.exp2(of_factors(exponents.FROM_STATE))
+    kept = jnp.sum(jnp.where(column == CHUNK - 1, from_state, 0.0), axis=1)
+    last = jnp.sum(through_end, axis=1) + kept * jnp.sum(of_sums(STATES), axis=1)
+    out_ref.at[tile][...] = later + rows(last)
 
 
 def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None):
@@ -180,8 +191,8 @@ def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None)
             jax.ShapeDtypeStruct((batch, slices, chunks, 6, CHUNK), jnp.float32),
         ),
         scratch_types=scratch,
-        grid=(blocks, chunks, batch),
-        grid_names=("block", "chunk", "batch"),
+        grid=(batch, chunks, blocks),
+        grid_names=("batch", "chunk", "block"),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name="ssd_gradients",

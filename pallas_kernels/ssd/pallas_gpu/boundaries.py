@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import load
 from pallas_kernels.ssd.pallas_gpu.exponents import FROM_STATE, WRITTEN
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
@@ -25,7 +26,6 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     MATRIX,
     ROWS,
     keep_filled,
-    load,
     operand,
     rows,
     square,
@@ -64,8 +64,8 @@ def boundary_states(*, x, dy, B, C, factors, ends=None):
             jax.ShapeDtypeStruct((batch, slices, CHUNK, n), jnp.float32),
         ),
         scratch_types=scratch,
-        grid=(slices // block.heads, 2, batch),
-        grid_names=("block", "direction", "batch"),
+        grid=(batch, 2, slices // block.heads),
+        grid_names=("batch", "direction", "block"),
         num_threads=block.heads + 1,
         thread_name="warpgroup",
         kernel_name="ssd_boundaries",

@@ -6,8 +6,8 @@ shared memory while the others multiply, one head each; a head's state stays in 
 device memory sees every input and every output once. The decays arrive as exponents of 2, see `exponents`.
 
 The tiles are 64 wide. A head of 128 channels is two slices of 64 that decay alike; narrower heads and states are
-filled with zeros. When there are too few heads to fill the device, the sequence is split: a first walk computes the
-state each part adds, XLA chains these, and the second walk computes all parts at once.
+filled with zeros. When there are too few heads to fill the device, the sequence is split: a first launch computes the
+state each part adds, and the walk takes all parts at once, each from what the parts before it added.
 """
 
 import dataclasses
@@ -20,19 +20,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.pallas_gpu.exponents import by_part, prepare, start_of_sequence
+from pallas_kernels.hopper import PROCESSORS, load
+from pallas_kernels.ssd.pallas_gpu.exponents import prepare, start_of_sequence
 from pallas_kernels.ssd.pallas_gpu.slices import Slices
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
     COLUMNS,
     COMPILER_PARAMS,
     MATRIX,
-    PROCESSORS,
     ROWS,
     SHARED_MEMORY,
     columns,
     keep_filled,
-    load,
     operand,
     rows,
     square,
@@ -63,29 +62,11 @@ def outputs(
     x, z = slices.values(x), None if z is None else slices.values(z)
     B, C = slices.keys(B), slices.keys(C)
     D = None if D is None else slices.skip(D)
-    state = None if initial_state is None else slices.states(initial_state)[:, None]
-
-    if plan.parts > 1:
-        to_end, kept = by_part(factors, first_visible, plan)
-        added = walk(plan=plan, parts=plan.parts - 1, x=x, B=B, factors=to_end, keep_states=True)
-        kept = jnp.repeat(kept, slices.per_head, axis=2)[..., None, None]
-        states = [jnp.zeros_like(added[:, 0]) if state is None else state[:, 0]]
-        for part in range(plan.parts - 1):
-            states.append(kept[:, part] * states[-1] + added[:, part])
-        state = jnp.stack(states, axis=1)
-    y, final = walk(
-        plan=plan,
-        parts=plan.parts,
-        x=x,
-        B=B,
-        factors=factors,
-        C=C,
-        D=D,
-        z=z,
-        state=state,
-        first_visible=first_visible,
-        keep_states=return_final_state,
-    )
+    state = None if initial_state is None else slices.states(initial_state)
+    written = {"x": x, "B": B, "factors": factors, "first_visible": first_visible}
+    added, kept = states_of_parts(plan=plan, **written) if plan.parts > 1 else (None, None)
+    read = {"C": C, "D": D, "z": z, "state": state, "added": added, "kept": kept}
+    y, final = walk(plan=plan, **written, **read, keep_state=return_final_state)
     y = slices.without_filling(y)
     return (y, slices.states_without_filling(final)) if return_final_state else y
 
@@ -111,62 +92,95 @@ def make_plan(batch: int, length: int, slices: int, groups: int, n: int) -> Plan
     chunks = -(-length // CHUNK)
 
     def microseconds(parts):
-        """Seen on an H100: 2.1 for a chunk, 0.9 for one of which only the state is added up, and the chaining by XLA."""
+        """Seen on an H100: 2.1 for a chunk, 0.9 for one of which only the state is added up; a launch, and its states."""
         per_part, rounds = -(-chunks // parts), -(-blocks * parts // PROCESSORS)
         if parts == 1:
             return 2.1 * rounds * per_part
         first_rounds = -(-blocks * (parts - 1) // PROCESSORS)
-        return (2.1 * rounds + 0.9 * first_rounds) * per_part + 16 + 0.0034 * batch * slices * parts**2
+        return (2.1 * rounds + 0.9 * first_rounds) * per_part + 3 + rounds * (4 + parts)
 
     parts = min(range(1, min(chunks, 32) + 1), key=microseconds)
     parts = -(-chunks // -(-chunks // parts))  # no part behind the end
     return Plan(heads, parts, parts * -(-chunks // parts))
 
 
-# The kernel.
+# The kernels.
 
 
-def walk(*, plan, parts, x, B, factors, C=None, D=None, z=None, state=None, first_visible=None, keep_states=False):
-    """One launch over the first `parts` parts.
+def walk(
+    *,
+    plan,
+    x,
+    B,
+    factors,
+    C,
+    D=None,
+    z=None,
+    state=None,
+    added=None,
+    kept=None,
+    first_visible=None,
+    keep_state=False,
+):
+    """(y [b l slices 64], the final state [b slices 64 n] or None)
 
-    With C: y, and the final state or None. `factors` and `first_visible` are those of `prepare`; x, z [b l slices 64],
-    B, C [b l g n], D [slices] or [slices 64], state [b parts slices 64 n] that enters each part.
-    Without C: what each part adds to the state, [b parts slices 64 n]. `factors` are those of `by_part`.
+    `factors` and `first_visible` are those of `prepare`; x, z [b l slices 64], B, C [b l g n], D [slices] or
+    [slices 64], state [b slices 64 n] that enters the sequence, `added` and `kept` of `states_of_parts`.
     """
-    batch, _, slices, _ = x.shape
-    groups, n = B.shape[2:]
-    outputs = C is not None
     inputs = {
         "x": x,
         "B": B,
-        "C": C,
-        "z": z,
         "factors": factors,
         "first_visible": first_visible,
+        "C": C,
         "D": D,
+        "z": z,
         "state": state,
+        "added": added,
+        "kept": kept,
     }
+    out_type = {"y": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+    if keep_state:
+        out_type["state"] = jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:], B.shape[3]), jnp.float32)
+    results = _launch("ssd_walk", plan, plan.parts, inputs, out_type)
+    return results["y"], results.get("state")
+
+
+def states_of_parts(*, plan, x, B, factors, first_visible=None):
+    """What each part but the last adds to the state, and how much it keeps of the one before, the same 64 times.
+
+    [b parts-1 slices 64 n] and [b parts-1 slices 64], both where the part ends; arguments as those of `walk`.
+    """
+    inputs = {"x": x, "B": B, "factors": factors, "first_visible": first_visible}
+    shape = (x.shape[0], plan.parts - 1, *x.shape[2:])
+    out_type = {
+        "added": jax.ShapeDtypeStruct((*shape, B.shape[3]), jnp.float32),
+        "kept": jax.ShapeDtypeStruct(shape, jnp.float32),
+    }
+    results = _launch("ssd_states", plan, plan.parts - 1, inputs, out_type)
+    return results["added"], results["kept"]
+
+
+def _launch(name, plan, parts, inputs, out_type) -> dict:
+    """Runs a kernel over the first `parts` parts."""
     inputs = {name: a for name, a in inputs.items() if a is not None}
-    out_type = {}
-    if outputs:
-        out_type["y"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    if keep_states:
-        shape = (batch, 1 if outputs else parts, slices, CHUNK, n)
-        out_type["states"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    block = Block(plan.heads, plan.chunks_per_part, parts, slices, groups, slices // factors.shape[1], n, x.dtype)
+    x, factors = inputs["x"], inputs["factors"]
+    batch, _, slices, _ = x.shape
+    groups, n = inputs["B"].shape[2:]
+    slices_per_head = slices // factors.shape[1]
+    block = Block(plan.heads, plan.chunks_per_part, plan.parts, slices, groups, slices_per_head, n, x.dtype)
     results = plgpu.kernel(
         functools.partial(_body, block, [*inputs], [*out_type]),
         out_type=tuple(out_type.values()),
         scratch_types=_shared_memory(block, inputs),
-        grid=(slices // plan.heads, parts, batch),
-        grid_names=("block", "part", "batch"),
+        grid=(batch, parts, slices // plan.heads),  # the last axis is the fastest: neighbours read neighbouring memory
+        grid_names=("batch", "part", "block"),
         num_threads=plan.heads + 1,
         thread_name="warpgroup",
-        kernel_name="ssd_walk" if outputs else "ssd_states",
+        kernel_name=name,
         compiler_params=COMPILER_PARAMS,  # for the barriers see `_shared_memory`
     )(*inputs.values())
-    results = dict(zip(out_type, results, strict=True))
-    return (results["y"], results.get("states")) if outputs else results["states"]
+    return dict(zip(out_type, results, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,8 +274,9 @@ def _copy(block, refs, buffers):
     stages = buffers["B"].shape[0]
     group = lax.div(first, block.slices // block.groups)
 
-    def fetch(chunk, slot):
-        tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
+    def fetch(step, slot):
+        chunk = first_chunk + (step if "C" in refs else block.chunks - 1 - step)
+        tokens = pl.ds(chunk * CHUNK, CHUNK)
 
         def copy(source, target):
             plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
@@ -270,10 +285,10 @@ def _copy(block, refs, buffers):
             if name in refs:
                 copy(refs[name].at[batch, tokens, group], buffers[name].at[slot])
         if "first_visible" in refs:
-            copy(refs["first_visible"].at[batch, first_chunk + chunk], buffers["first_visible"].at[slot])
+            copy(refs["first_visible"].at[batch, chunk], buffers["first_visible"].at[slot])
         for i in range(block.heads):
             head = lax.div(first + i, block.slices_per_head)
-            copy(refs["factors"].at[batch, head, first_chunk + chunk], buffers["factors"].at[slot, i])
+            copy(refs["factors"].at[batch, head, chunk], buffers["factors"].at[slot, i])
             for name in ("x", "z"):
                 if name in refs:
                     copy(refs[name].at[batch, tokens, first + i], buffers[f"{name} flat"].at[slot, i])
@@ -282,30 +297,42 @@ def _copy(block, refs, buffers):
 
 
 def _add_up(block, refs, buffers):
-    """A warpgroup adds up what the tokens of one slice leave in the state where the part ends."""
+    """A warpgroup adds up what the tokens of one slice leave in the state where the part ends, from the end backwards."""
     batch, part, first, _ = _place(block)
     warpgroup = lax.axis_index("warpgroup")
-    stages = buffers["B"].shape[0]
+    stages, packed = buffers["B"].shape[0], "first_visible" in refs
+    row = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
 
-    def loop(state_acc):
+    def loop(carry):
+        state_acc, kept = carry
+
         @pl.loop(0, block.chunks)
-        def _(chunk):
-            slot = lax.rem(chunk, stages)
+        def _(step):
+            slot = lax.rem(step, stages)
             plgpu.barrier_wait(buffers["filled"].at[slot])
-            to_end = jnp.exp2(load(buffers["factors"].at[slot, warpgroup, 0], ROWS))
+            factors = buffers["factors"].at[slot, warpgroup]
+            later = kept[...]  # an exponent: how much is left of this chunk's state where the part ends
+            to_end = jnp.exp2(later + factors[0, CHUNK - 1] - load(factors.at[1], ROWS))
+            kept[...] = later + factors[0, CHUNK - 1]
+            if packed:
+                start = start_of_sequence(buffers["first_visible"][slot, CHUNK - 1])
+                to_end = jnp.where(row >= start, to_end, 0.0)
+                kept[...] = jnp.where(start < 0, kept[...], -jnp.inf)
             written = load(buffers["x"].at[slot, warpgroup], MATRIX).astype(jnp.float32) * rows(to_end)
-            tile = buffers["written"].at[warpgroup, lax.rem(chunk, 3)]
+            tile = buffers["written"].at[warpgroup, lax.rem(step, 3)]
             tile[...] = written.astype(block.dtype)
             plgpu.commit_smem()
             plgpu.wgmma(state_acc, tile.transpose((1, 0)), buffers["B"].at[slot])
             plgpu.wgmma_wait(1)  # the previous chunk's is done, this one goes on
 
-            @pl.when(chunk > 0)
+            @pl.when(step > 0)
             def _():
-                plgpu.barrier_arrive(buffers["consumed"].at[lax.rem(chunk + stages - 1, stages)])
+                plgpu.barrier_arrive(buffers["consumed"].at[lax.rem(step + stages - 1, stages)])
 
-    state = pl.run_state(loop)(plgpu.ACC.init(zeros(CHUNK, block.n)))
-    refs["out states"].at[batch, part, first + warpgroup][...] = state
+    nothing = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROWS)
+    state, kept = pl.run_state(loop)((plgpu.ACC.init(zeros(CHUNK, block.n)), nothing))
+    refs["out added"].at[batch, part, first + warpgroup][...] = state
+    refs["out kept"].at[batch, part, first + warpgroup][...] = jnp.exp2(kept)
 
 
 def _compute(block, refs, buffers):
@@ -320,7 +347,15 @@ def _compute(block, refs, buffers):
 
     state = zeros(CHUNK, block.n)
     if "state" in refs:
-        state = load(refs["state"].at[batch, part, one], MATRIX, device_memory=True)
+        state = load(refs["state"].at[batch, one], MATRIX, device_memory=True)
+    if "added" in refs:
+
+        def after(earlier, state):
+            kept = load(refs["kept"].at[batch, earlier, one], ROWS, device_memory=True)
+            kept = lax.broadcast_in_dim(kept, state.shape, [0])
+            return state * kept + load(refs["added"].at[batch, earlier, one], MATRIX, device_memory=True)
+
+        state = lax.fori_loop(0, part, after, state)
     skip = None
     if "D" in refs:
         per_head = len(refs["D"].shape) == 1
@@ -401,10 +436,10 @@ def _compute(block, refs, buffers):
         return state
 
     state = lax.fori_loop(0, block.chunks, step, state)
-    if "out states" in refs:
+    if "out state" in refs:
 
         @pl.when(part == block.parts - 1)
         def _():
-            refs["out states"].at[batch, 0, one][...] = state
+            refs["out state"].at[batch, one][...] = state
 
     plgpu.wait_smem_to_gmem(0)

@@ -14,10 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ssd.pallas_gpu.tiles import PROCESSORS, load
+from pallas_kernels.hopper import FLOATS, PROCESSORS, launch, load, load32, silu
 
 LARGEST = 32 * 128  # numbers of the state in one thread block: 32 registers of each thread
-FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def why_not(state, x, *others) -> str | None:
@@ -100,25 +99,6 @@ def ssd_step(state, x, dt, A, B, C, *, D, z, dt_bias, dt_softplus, dt_limit, til
     return y, jax.freeze(state)
 
 
-def launch(body, name: str, out_type, grid: dict[str, int]):
-    """A kernel of one warpgroup for each block of the grid. References among its arguments are changed in place.
-
-    Blocks start in the order of the grid, the last axis fastest: where neighbours in time are neighbours in memory, a
-    large state is read and written faster.
-    """
-    return pl.kernel(
-        body,
-        out_type=out_type,
-        mesh=plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid), kernel_name=name),
-        compiler_params=plgpu.CompilerParams(
-            # What one thread writes another reads only behind an explicit barrier.
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
-        name=name,
-    )
-
-
 def _body(names, tile, heads_per_group, dt_softplus, dt_limit, *refs):
     *inputs, state, y = refs
     refs = dict(zip(names, inputs, strict=True))
@@ -144,10 +124,6 @@ def _body(names, tile, heads_per_group, dt_softplus, dt_limit, *refs):
 def place(tile: Tile):
     """(batch, head, rows) of this block."""
     return lax.axis_index("batch"), lax.axis_index("head"), pl.ds(lax.axis_index("part") * tile.rows, tile.rows)
-
-
-def load32(ref, layout):
-    return load(ref, layout, device_memory=True).astype(jnp.float32)
 
 
 def step_size(dt, bias, softplus: bool, limit: tuple[float, float]):
@@ -179,7 +155,3 @@ def advance(tile: Tile, state, x, dt, A, B, C, D):
     state = decay * state.astype(jnp.float32) + tile.spread(dt * x, 0) * tile.spread(B, 1)
     y = jnp.sum(state * tile.spread(C, 1), axis=1)
     return state, y if D is None else y + D * x
-
-
-def silu(a):
-    return a / (1.0 + jnp.exp(-a))

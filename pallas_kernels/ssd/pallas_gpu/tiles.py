@@ -1,7 +1,5 @@
 """The tiles that the Mosaic GPU kernels of this package work on, and how vectors meet them."""
 
-import inspect
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -9,7 +7,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgmma instruction
 SHARED_MEMORY = 227 * 1024  # bytes that one thread block of an H100 or H200 may use
-PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 
 MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that belongs to the rows of a matrix in registers
@@ -47,14 +44,6 @@ def columns(vector):
 
 def zeros(*shape):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
-
-
-# JAX 0.10 takes the index apart from the reference and insists on one.
-_EVERYTHING = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
-
-
-def load(ref, layout, *, device_memory: bool = False):
-    return plgpu.load(ref, *_EVERYTHING, layout=layout, optimized=not device_memory)
 
 
 def keep_filled(fetch, steps: int, stages: int, consumed) -> None:

@@ -1,0 +1,48 @@
+"""Compiled programs are found again by the next process, and the time they take is counted."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from ml_mamba_jax.compilation import compile_time
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from ml_mamba_jax.compilation import keep_compiled_programs
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(keep_compiled_programs())
+assert jax.jit(lambda x: x * 2 + 1)(jnp.ones(3)).sum() == 9
+print(len(hits))
+"""
+
+
+def run(**environment) -> tuple[str, int]:
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"} | environment
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+    folder, hits = done.stdout.split()
+    return folder, int(hits)
+
+
+def test_the_next_process_finds_what_this_one_compiled(tmp_path):
+    assert run(XDG_CACHE_HOME=str(tmp_path)) == (str(tmp_path / "ml_mamba_jax"), 0)
+    folder, hits = run(XDG_CACHE_HOME=str(tmp_path))
+    assert folder == str(tmp_path / "ml_mamba_jax") and hits > 0 and any((tmp_path / "ml_mamba_jax").iterdir())
+    named = str(tmp_path / "named")
+    assert run(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=named) == (named, 0)
+
+
+def test_only_compiling_is_counted():
+    function = jax.jit(lambda x: jnp.sin(x) @ x)
+    x = jnp.ones((4, 4))
+    with compile_time() as first:
+        function(x)
+    with compile_time() as second:
+        function(x)
+    counted = first.seconds
+    function(jnp.ones((5, 5)))  # outside
+    assert first.seconds == counted > 0 == second.seconds
