@@ -196,6 +196,21 @@ def test_kernels_lower_for_cuda_with_the_shapes_of_a_part(sequence, part):
     assert not any("x16x64xbf16" in call for call in calls)
 
 
+def test_kernels_that_the_mesh_cuts_are_refused():
+    """Even where they are named: XLA would gather their arguments on every device."""
+    x = jax.ShapeDtypeStruct((8, 64, 512), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((512,), jnp.float32)
+    for group_size, chosen in {None: "xla", 256: "pallas_gpu"}.items():
+        norm = functools.partial(pk.gated_rms_norm, eps=1e-5, group_size=group_size)
+        with split(4, 2):
+            options = {"implementation": ("pallas_gpu", "xla"), "group_size": group_size}
+            assert pk.explain("gated_rms_norm", x, x, weight, **options).chosen == chosen
+            if chosen == "xla":
+                with pytest.raises(ExceptionGroup) as error:
+                    jax.eval_shape(functools.partial(norm, implementation="pallas_gpu"), x, x, weight)
+                assert "the mesh cuts what the kernel takes in one piece" in str(error.value.exceptions[0])
+
+
 def test_parts_are_not_split_again():
     """Neither in a backend that calls other kernels, nor in a shard_map of the caller's own."""
     mesh = mesh_of(data=2)
