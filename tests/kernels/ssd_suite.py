@@ -16,7 +16,17 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from tests.kernels.compare import BOUNDS, Arrays, assert_close, exactly, jitted, named, on_device, outputs_and_gradients
+from tests.kernels.compare import (
+    BOUNDS,
+    Arrays,
+    assert_as_exact,
+    assert_close,
+    exactly,
+    jitted,
+    named,
+    on_device,
+    outputs_and_gradients,
+)
 
 INF = float("inf")
 
@@ -292,9 +302,4 @@ class KernelSSDSuite(SSDSuite):
             outputs, gradients = outputs_and_gradients(function, arrays, exact_dtype)
             return outputs | gradients
 
-        truth, ours, xla = results("reference", "float64"), results(self.implementation), results("xla")
-        for name, exact in truth.items():
-            size = np.linalg.norm(exact)
-            error, error_of_xla = (np.linalg.norm(a[name] - exact) / size for a in (ours, xla))
-            allowed = 1.5 * error_of_xla + 0.1 * float(jnp.finfo(dtype).eps)
-            assert error <= allowed, f"{name}: error {error:.3g}, of xla {error_of_xla:.3g}"
+        assert_as_exact(results(self.implementation), results("xla"), results("reference", "float64"), dtype)
