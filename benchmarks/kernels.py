@@ -42,6 +42,7 @@ import pallas_kernels as pk
 from pallas_kernels.specs import SSDSpec
 
 SHAPES = ("1x729", "8x729", "1x2048", "8x2048", "1x8192", "4x4096", "1x32768", "1x131072")
+LARGE = 4e9  # bytes
 LONGEST_CHECKED = 8192  # tokens; the recurrence takes one step at a time
 BATCHES = (1, 8, 64, 256)
 COLUMNS = ("op", "shape", "dtype", "ours", "xla", "peer", "floor", "% of floor", "memory", "error")
@@ -242,6 +243,8 @@ def ssd_error(function, arrays: dict[str, jax.Array]) -> float:
 def milliseconds(function, arrays: dict[str, jax.Array], repetitions: int = 10) -> float:
     """Median over calls of the time their GPU kernels take; where kernels cannot be timed, of wall-clock time."""
     run = jax.jit(function)
+    if sum(a.nbytes for a in jax.tree.leaves(arrays)) > LARGE:  # the results of all repetitions are kept
+        repetitions = 2
     try:
         times = profiler.measure(lambda arrays: run(**arrays), iterations=repetitions)(arrays)[1]
     except RuntimeError:

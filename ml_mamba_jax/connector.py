@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-import pallas_kernels as pk
 from ml_mamba_jax.config import ConnectorConfig
 from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, rms_norm, stack_layers
 from ml_mamba_jax.projector import project
@@ -29,7 +28,6 @@ class ScanBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Hidden, _: None) -> tuple[Hidden, None]:
         scan, eps = self.config.scan, self.config.norm_eps
-        x = pk.keep_split(x, "b l d")
         mixer = ScanMixer(self.config, self.grid, self.dtype, name="mixer")
         if scan == "basic":
             return x + mixer(rms_norm(eps, name="norm", dtype=self.dtype)(x)), None

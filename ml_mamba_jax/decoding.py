@@ -136,10 +136,7 @@ def advance(
     finished = decoding.finished
     for stop_id in stop_ids:
         finished = finished | (token == stop_id)
-    logits, state = model.apply({"params": params}, token, decoding.state, method="step")
-    state = jax.tree.map(
-        lambda old, new: jnp.where(finished.reshape(1, -1, *[1] * (old.ndim - 2)), old, new), decoding.state, state
-    )
+    logits, state = model.apply({"params": params}, token, decoding.state, ~finished, method="step")
     if seen is not None:
         seen = seen.at[jnp.arange(token.size), token].max(~finished)
     return token, Decoding(logits, state, finished, decoding.position + 1, seen)

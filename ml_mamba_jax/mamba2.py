@@ -92,7 +92,7 @@ class Mamba2Mixer(nn.Module):
         A = -jnp.exp(scan.A_log.astype(jnp.float32))
         shared = {"D": scan.D, "dt_bias": scan.dt_bias, "dt_limit": config.dt_limit}
 
-        if state is not None and u.shape[1] == 1 and segment_ids is None:
+        if state is not None and u.shape[1] == 1:
             y, *state = pk.mamba2_step(
                 *state,
                 zxbcdt[:, 0],
@@ -103,6 +103,7 @@ class Mamba2Mixer(nn.Module):
                 norm_eps=config.norm_eps,
                 norm_before_gate=config.norm_before_gate,
                 layer=layer,
+                active=None if segment_ids is None else segment_ids[:, 0] >= 0,
                 **shared,
             )
             return out_projection(config, self.dtype, self.n_layers)(y[:, None]), MambaState(*state)

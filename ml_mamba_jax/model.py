@@ -150,9 +150,15 @@ class MLMamba(nn.Module):
             last = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0]
         return self.logits(last), state
 
-    def step(self, token: Int[Array, "b"], state: MambaState) -> tuple[LastLogits, MambaState]:
-        """Read one token of each row: logits of the next, and the next state."""
-        hidden, state = self.language(self.language.embed(token[:, None]), state)
+    def step(
+        self, token: Int[Array, "b"], state: MambaState, active: RowMask | None = None
+    ) -> tuple[LastLogits, MambaState]:
+        """Read one token of each row: logits of the next, and the next state.
+
+        Rows for which `active` is false keep their state, and their logits mean nothing.
+        """
+        segment_ids = None if active is None else jnp.where(active, 0, -1)[:, None]
+        hidden, state = self.language(self.language.embed(token[:, None]), state, segment_ids)
         return self.logits(hidden[:, 0]), state
 
     def _sequence(self, tokens, images, image_mask, segment_ids) -> tuple[Hidden, SegmentIds | None]:

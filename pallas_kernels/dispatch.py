@@ -38,6 +38,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("xla",),
 }
 
+SPLIT_BY_XLA = ("reference", "xla")
+
 Implementation = str | Sequence[str] | None
 
 _override: contextvars.ContextVar[Implementation] = contextvars.ContextVar("implementation", default=None)
@@ -79,7 +81,8 @@ class Op:
 
     How it is split over a mesh follows from `axes` and `outputs`, the axis letters of its array arguments, in their
     order, and of its results; see `pallas_kernels.sharded`. Where `can_split(split, arguments)` is false it is left to
-    XLA. A `sequential` op, whose tokens see earlier ones, has a further module `sequence` for a split sequence.
+    XLA, and only backends that XLA can split are taken. A `sequential` op, whose tokens see earlier ones, has a further
+    module `sequence` for a split sequence.
     """
 
     name: str
@@ -107,6 +110,10 @@ class Op:
         """How the arguments are to be split, if at all, and the arguments by name."""
         split, arguments = sharded.current(), dict(zip(self.axes, args, strict=False)) | kwargs
         return (split if split and arguments and self.can_split(split, arguments) else None), arguments
+
+    def _is_left_to_xla(self, args: tuple, kwargs: dict) -> bool:
+        split, arguments = self._split(args, kwargs)
+        return split is None and sharded.current() is not None and bool(arguments)
 
     def choose(self, implementation: Implementation, *args, **kwargs) -> str:
         """The name of the backend that `implementation` (see the module's docstring) stands for.
@@ -161,6 +168,8 @@ class Op:
     def _why_not(self, name: str, args: tuple, kwargs: dict, automatic: bool) -> str | None:
         if name not in self.backends:
             return f"{self.name} has no {name} backend"
+        if name not in SPLIT_BY_XLA and self._is_left_to_xla(args, kwargs):
+            return "the mesh cuts what the kernel takes in one piece; XLA would gather it on every device"
         try:
             module = self._module(name)
         except ImportError as error:

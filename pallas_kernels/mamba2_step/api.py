@@ -3,7 +3,7 @@
 import functools
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.causal_conv1d.api import causal_conv1d_step
 from pallas_kernels.dispatch import Implementation, Op
@@ -29,6 +29,7 @@ MAMBA2_STEP = Op(
         "dt_bias": "h",
         "norm_weight": "c",
         "layer": "",
+        "active": "b",
     },
     outputs=lambda _, forms: ("b c", forms["conv_state"], forms["ssm_state"]),
     can_split=lambda split, _: split.parts("h") == 1,  # heads lie apart in the channels of zxbcdt
@@ -50,6 +51,7 @@ def mamba2_step(
     norm_eps: float = 1e-5,
     norm_before_gate: bool = False,
     layer: Int[Array, ""] | None = None,
+    active: Bool[Array, "b"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b h*p"], Float[Array, "*layers b w-1 c"], Float[Array, "*layers b h p n"]]:
     """What lies between the two projections of Mamba-2 (arXiv 2405.21060, figure 6) when one token is decoded.
@@ -69,6 +71,7 @@ def mamba2_step(
         norm_before_gate: rms_norm(y) * norm_weight * silu(z) instead.
         layer: the states are those of all layers, [layers b w-1 c] and [layers b h p n]; this one's are read and
             replaced. A loop over layers that carries the stack copies nothing, where slices of it would be copied.
+        active: rows for which it is false keep their states, and their y is of no use; all are active by default.
         implementation: see `pallas_kernels.dispatch`. Where `use_mesh` splits the heads it is that of the parts, which
             run one after the other.
 
@@ -97,6 +100,8 @@ def mamba2_step(
         check_shape("dt_bias", dt_bias, "h", (heads,))
     if norm_weight is not None:
         check_shape("norm_weight", norm_weight, "h*p", (sizes.inner,))
+    if active is not None:
+        check_shape("active", active, "b", (batch,))
     step = functools.partial(MAMBA2_STEP, implementation)
     split = current()
     if split and split.parts("h") > 1:
@@ -119,4 +124,5 @@ def mamba2_step(
         norm_eps=norm_eps,
         norm_before_gate=norm_before_gate,
         layer=layer,
+        active=active,
     )

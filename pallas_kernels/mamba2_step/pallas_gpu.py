@@ -70,6 +70,7 @@ def _two_launches(
     dt_bias=None,
     norm_weight=None,
     layer=None,
+    active=None,
     dt_limit=(0.0, float("inf")),
     norm_eps=1e-5,
     norm_before_gate=False,
@@ -81,8 +82,11 @@ def _two_launches(
 
     if layer is not None:
         layer = layer.astype(jnp.int32).reshape(1)
+    if active is not None:
+        active = active.astype(jnp.int32)
     inputs = {
         "layer": layer,
+        "active": active,
         "zxbcdt": zxbcdt,
         "conv_state": conv_state,
         "conv_weight": conv_weight,
@@ -100,7 +104,7 @@ def _two_launches(
         grid={"batch": batch, "head": sizes.heads, "part": sizes.head_dim // tile.rows},
     )(*inputs.values(), ssm_state)
 
-    inputs = {"layer": layer, "y": y, "zxbcdt": zxbcdt, "norm_weight": norm_weight}
+    inputs = {"layer": layer, "active": active, "y": y, "zxbcdt": zxbcdt, "norm_weight": norm_weight}
     inputs = {name: a for name, a in inputs.items() if a is not None}
     conv_state = jax.new_ref(conv_state)
     y = launch(
@@ -149,7 +153,8 @@ def _scan(names, sizes: Sizes, tile: step.Tile, dt_limit, *refs):
     dt = step.step_size(dt, refs["dt_bias"][head] if "dt_bias" in refs else None, True, dt_limit)
     skip = step.skip(refs.get("D"), head, rows, tile)
     after, result = step.advance(tile, before, x, dt, refs["A"][head], B, C, skip)
-    state[...] = after.astype(before.dtype)
+    after = after.astype(before.dtype)
+    state[...] = jnp.where(refs["active"][batch] > 0, after, before) if "active" in refs else after
     y.at[batch, pl.ds(head * sizes.head_dim + rows.start, tile.rows)][...] = result.astype(dtype)
 
 
@@ -188,10 +193,11 @@ def _norm(names, sizes: Sizes, eps, norm_before_gate, *refs):
         first = (group * _movers(sizes) + part - 1) * width
         taps = conv_state.shape[-2]
         window = [conv_state.at[(*_layer(refs), batch, tap, pl.ds(first, width))] for tap in range(taps)]
-        later = [*window[1:], zxbcdt.at[batch, pl.ds(sizes.inner + first, width)]]
-        later = [load(ref, layout, device_memory=True) for ref in later]
+        rows = [*window, zxbcdt.at[batch, pl.ds(sizes.inner + first, width)]]
+        before, *later = (load(ref, layout, device_memory=True) for ref in rows)
         for ref, value in zip(window, later, strict=True):
-            ref[...] = value
+            ref[...] = jnp.where(refs["active"][batch] > 0, value, before) if "active" in refs else value
+            before = value
 
 
 def _layer(refs) -> tuple:

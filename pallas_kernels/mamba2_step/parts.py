@@ -27,10 +27,12 @@ def by_parts(causal_conv1d_step: Callable, ssd_step: Callable, gated_rms_norm: C
         norm_eps=1e-5,
         norm_before_gate=False,
         layer=None,
+        active=None,
     ):
         stacks = conv_state, ssm_state
         if layer is not None:
             conv_state, ssm_state = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in stacks)
+        before = conv_state, ssm_state
         sizes = split_sizes(ssm_state, conv_weight)
         z, xBC, dt = sizes.split(zxbcdt)
         xBC, conv_state = causal_conv1d_step(conv_state, xBC, conv_weight, conv_bias, activation="silu")
@@ -44,6 +46,11 @@ def by_parts(causal_conv1d_step: Callable, ssd_step: Callable, gated_rms_norm: C
             group_size = sizes.inner // sizes.groups
             y = gated_rms_norm(
                 y, z, norm_weight, eps=norm_eps, group_size=group_size, norm_before_gate=norm_before_gate
+            )
+        if active is not None:
+            conv_state, ssm_state = (
+                jnp.where(active.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+                for old, new in zip(before, (conv_state, ssm_state), strict=True)
             )
         if layer is not None:
             conv_state, ssm_state = (

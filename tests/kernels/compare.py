@@ -44,12 +44,12 @@ def assert_close(actual: Arrays, expected: Arrays, bound: float) -> None:
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def assert_as_exact(actual: Arrays, other: Arrays, exact: Arrays, dtype: str) -> None:
-    """Each array is off the exact one by at most 1.5 times what `other` is off, plus a tenth of a unit of `dtype`."""
+def assert_as_exact(actual: Arrays, other: Arrays, exact: Arrays, dtype: str, units: float = 0.1) -> None:
+    """Each array is off the exact one by at most 1.5 times what `other` is off, plus some units of `dtype`."""
     for name, truth in exact.items():
         size = np.linalg.norm(truth)
         error, allowed = (np.linalg.norm(a[name] - truth) / size for a in (actual, other))
-        allowed = 1.5 * allowed + 0.1 * float(jnp.finfo(dtype).eps)
+        allowed = 1.5 * allowed + units * float(jnp.finfo(dtype).eps)
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 

@@ -163,14 +163,34 @@ class Mamba2StepSuite:
                 others = np.arange(3) != layer
                 np.testing.assert_array_equal(np.asarray(stack)[others], stacks[name][others])
 
+    @pytest.mark.parametrize("stacked", [False, True])
+    def test_rows_that_are_not_active_keep_their_states(self, stacked):
+        """Whatever their token, even NaN; the others are not disturbed."""
+        arrays = self.arrays(b=3)
+        y, *states = self.step(**arrays)
+        active = np.array([True, False, True])
+        arrays["zxbcdt"][1] = np.nan
+        before = {name: arrays[name] for name in ("conv_state", "ssm_state")}
+        if stacked:
+            arrays |= {name: np.stack([before[name]] * 2) for name in before} | {"layer": np.asarray(1, np.int32)}
+        actual_y, *actual = self.step(**arrays, active=active)
+        np.testing.assert_array_equal(np.asarray(actual_y)[active], np.asarray(y)[active])
+        for name, new, a in zip(before, states, actual, strict=True):
+            a = np.asarray(a)[1] if stacked else np.asarray(a)
+            np.testing.assert_array_equal(a[1], before[name][1])
+            np.testing.assert_array_equal(a[active], np.asarray(new)[active])
+
     def test_bit_identical_on_repetition(self):
         arrays = self.arrays(dtype="bfloat16")
         for a, b in zip(self.step(**arrays), self.step(**arrays), strict=True):
             np.testing.assert_array_equal(a, b)
 
     @pytest.mark.parametrize("stacked", [False, True])
-    def test_donated_states_are_overwritten(self, stacked):
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_donated_states_are_overwritten(self, stacked, masked):
         arrays = {name: jnp.asarray(a) for name, a in self.arrays().items()}
+        if masked:
+            arrays["active"] = jnp.arange(len(arrays["zxbcdt"])) > 0
         if stacked:
             arrays |= {name: jnp.stack([arrays[name]] * 3) for name in ("conv_state", "ssm_state")}
             arrays["layer"] = jnp.asarray(1, jnp.int32)

@@ -135,7 +135,8 @@ class TestPallasGPU(Mamba2SequenceSuite):
             outputs, gradients = outputs_and_gradients(function, arrays, exact_dtype)
             return outputs | gradients
 
-        assert_as_exact(results("pallas_gpu"), results("xla"), results("reference", "float64"), dtype)
+        # Two units: the gradients of A and dt_bias are a few numbers here, sums of roundings that nearly cancel.
+        assert_as_exact(results("pallas_gpu"), results("xla"), results("reference", "float64"), dtype, units=2)
 
     @pytest.mark.parametrize(
         "shape", [(2, 300, 4, 64, 128, 1, 4), (1, 200, 8, 64, 64, 2, 3), (1, 70, 2, 128, 64, 1, 2)]

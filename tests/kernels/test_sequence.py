@@ -13,6 +13,7 @@ import pallas_kernels as pk
 from tests.kernels import causal_conv1d_suite
 from tests.kernels.compare import BOUNDS, assert_close, exactly, named, outputs_and_gradients
 from tests.kernels.ssd_suite import problem, without
+from tests.kernels.test_mamba2_sequence import problem as mamba2_sequence_problem
 from tests.kernels.test_sharded import ROUNDING, collectives, mesh_of
 
 LENGTH = 48
@@ -102,6 +103,18 @@ def test_ssd(n, batch, heads, groups, D, omitted):
     truth = functools.partial(function, implementation="reference")
     for a, e in zip(actual, outputs_and_gradients(truth, arrays, "float64"), strict=True):
         assert_close(a, e, BOUNDS["float32"])
+
+
+@pytest.mark.parametrize("n, batch, heads", [(4, 2, 1), (2, 1, 2)])
+def test_a_mixer_in_one_call(n, batch, heads):
+    """Every argument of `mamba2_sequence`, whose parts are split one by one; segments that cross the boundary."""
+    arrays = mamba2_sequence_problem(b=2, l=16, h=4, p=4, n=4, g=2)
+    ids = jnp.asarray(np.repeat([[0, 1, -1], [3, 3, 4]], [9, 5, 2], axis=1).astype(np.int32))
+    function = functools.partial(pk.mamba2_sequence, groups=2, segment_ids=ids, return_states=True)
+    with pieces(n, batch, heads):
+        actual = outputs_and_gradients(function, arrays)
+    for a, e in zip(actual, outputs_and_gradients(function, arrays), strict=True):
+        assert_close(a, e, 2 * ROUNDING)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

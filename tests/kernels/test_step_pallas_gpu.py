@@ -186,10 +186,12 @@ def stacked(arrays, layers=3):
 MIXERS["stacked"] = stacked(mixer_arrays())
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", MIXERS)
-def test_mamba2_step_lowers_for_cuda(name):
+def test_mamba2_step_lowers_for_cuda(name, masked):
     """Two launches, each with one of the states as its own output."""
-    text = export(lambda arrays: pk.mamba2_step(**arrays, implementation="pallas_gpu"), MIXERS[name])
+    arrays = MIXERS[name] | ({"active": np.array([True] * len(MIXERS[name]["zxbcdt"]))} if masked else {})
+    text = export(lambda arrays: pk.mamba2_step(**arrays, implementation="pallas_gpu"), arrays)
     assert "mamba2_step_scan" in text and "mamba2_step_norm" in text and text.count("@mosaic_gpu") == 2
     assert text.count("output_operand_alias<") == 2
 
