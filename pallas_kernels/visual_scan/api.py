@@ -15,7 +15,7 @@ from pallas_kernels.visual_scan.directions import DIRECTIONS
 VISUAL_SCAN = Op(
     "visual_scan",
     "pallas_kernels.visual_scan",
-    ("reference", "xla"),
+    ("reference", "xla", "pallas_gpu"),
     axes={
         "x": "b t h p",
         "dt": "b t h",

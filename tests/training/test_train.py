@@ -89,6 +89,21 @@ def test_the_examples_that_need_a_run_work_beside_one(straight):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.name)
+def test_notebooks_run_beside_a_run(straight, tmp_path, example):
+    (tmp_path / "runs").symlink_to(straight / "runs")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(example)],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} >= {"picture.png", "picture.state"}
+
+
 def test_chat_answers_the_example(straight):
     folder = straight / "runs" / "digits-vqa"
     arguments = [str(folder), "--image", str(folder / "example.png"), "--prompt", (folder / "example.txt").read_text()]
