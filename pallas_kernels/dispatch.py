@@ -34,7 +34,7 @@ IMPLEMENTATIONS = ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton")
 # Fastest first. A kernel stands before `xla` only where it was measured to win; `reference` is an oracle, never chosen.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("xla",),
-    "gpu": ("pallas_gpu", "triton", "xla"),
+    "gpu": ("pallas_gpu", "xla"),
     "tpu": ("xla",),
 }
 

@@ -10,7 +10,7 @@ from pallas_kernels.shapes import check_divides, check_rank, check_shape
 SSD = Op(
     "ssd",
     "pallas_kernels.ssd",
-    ("reference", "xla", "pallas_gpu", "pallas_tpu"),
+    ("reference", "xla", "pallas_gpu", "pallas_tpu", "triton"),
     axes={
         "x": "b l h p",
         "dt": "b l h",

@@ -16,6 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
+from pallas_kernels.specs import SSDSpec
 from tests.kernels.compare import (
     BOUNDS,
     Arrays,
@@ -303,3 +304,27 @@ class KernelSSDSuite(SSDSuite):
             return outputs | gradients
 
         assert_as_exact(results(self.implementation), results("xla"), results("reference", "float64"), dtype)
+
+    def check_more_than_2_to_the_31_elements(self):
+        """Both ends of a row whose x does not fit 32 bits, forward and gradient, equal those of a row cut out there."""
+        length, piece, shown = 8208 * 64, 4096, 1024  # what is further away than piece - shown is forgotten
+        spec = SSDSpec(b=1, l=length, h=64, p=64, n=64)
+        assert spec.shapes()["x"].size > 2**31
+        keys = jax.random.split(jax.random.key(0), 4)
+        x, dy, B, C = (
+            jnp.tile(jax.random.normal(key, (1, 8208, *spec.shapes()[name].shape[2:]), jnp.bfloat16), (1, 64, 1, 1))
+            for key, name in zip(keys, ("x", "x", "B", "C"), strict=True)
+        )
+        A = jnp.full(64, -1.0)
+
+        @jax.jit
+        def y_and_dx(x, dy, B, C):
+            dt = jnp.full(x.shape[:3], 0.05)
+            y, pullback = jax.vjp(lambda x: pk.ssd(x, dt, A, B, C, implementation=self.implementation), x)
+            return y, *pullback(dy)
+
+        whole = y_and_dx(x, dy, B, C)
+        for start, at in ((0, slice(None, shown)), (length - piece, slice(piece - shown, None))):
+            alone = y_and_dx(*(a[:, start : start + piece] for a in (x, dy, B, C)))
+            actual = [a[:, start : start + piece][:, at] for a in whole]
+            assert_close(named(actual, "y", "dx"), named([a[:, at] for a in alone], "y", "dx"), BOUNDS["bfloat16"])

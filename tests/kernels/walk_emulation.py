@@ -9,8 +9,8 @@ import math
 
 import jax.numpy as jnp
 
-from pallas_kernels.ssd.pallas_gpu.exponents import start_of_sequence
 from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK
+from pallas_kernels.ssd.visibility import start_of_sequence
 
 
 def cumulated(d, A, names):

@@ -5,20 +5,20 @@
 
 which covers padding and the ragged end (d = 0) without a mask. Differences are never positive where they are used, so
 nothing overflows. XLA computes the step sizes, a small kernel adds them up. Packed sequences add one integer for each
-token, see `first_visible_tokens`.
+token, see `visibility`.
 """
 
 import functools
 import math
 
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.hopper import load
 from pallas_kernels.segments import number_segments
 from pallas_kernels.ssd.discretize import discretize
 from pallas_kernels.ssd.pallas_gpu.chunk_sums import over_chunks, positions, product_with_ones
 from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK, MATRIX, ROWS, rows
+from pallas_kernels.ssd.visibility import first_visible_tokens, start_of_sequence
 
 
 def prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, chunks: int):
@@ -26,7 +26,7 @@ def prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, chunks: int):
     segments = None if segment_ids is None else number_segments(segment_ids)
     steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit, segments)
     factors = cumulated(by_chunk(steps, chunks), A, ("s", "u"))
-    return factors, None if segments is None else first_visible_tokens(segments, chunks)
+    return factors, None if segments is None else first_visible_tokens(segments, chunks, CHUNK)
 
 
 def prepare_backward(steps, A, segments, chunks: int):
@@ -39,7 +39,7 @@ def prepare_backward(steps, A, segments, chunks: int):
     factors = cumulated(by_chunk(steps, chunks), A, ("s", "s", "to_end", "written", "d"))
     if segments is None:
         return factors, None
-    first_visible = first_visible_tokens(segments, chunks)
+    first_visible = first_visible_tokens(segments, chunks, CHUNK)
     start = start_of_sequence(first_visible)
     position = jnp.arange(CHUNK, dtype=jnp.int32)[None, None]
     enters, stays = start < 0, position >= start[..., -1:]
@@ -61,28 +61,6 @@ def by_chunk(a, chunks: int):
     """[b l h] -> [b h chunks 64], zeros behind the end."""
     a = jnp.pad(a, ((0, 0), (0, chunks * CHUNK - a.shape[1]), (0, 0)))
     return jnp.swapaxes(a, 1, 2).reshape(a.shape[0], a.shape[2], chunks, CHUNK)
-
-
-def first_visible_tokens(segments, chunks: int):
-    """For each token the first token of its chunk that it sees, [b chunks 64].
-
-    -1: it sees the state that enters the chunk too. Padding is `PADDING` more: it sees nothing, but still tells which
-    sequence the row is in.
-    """
-    index = jnp.pad(segments.index, ((0, 0), (0, chunks * CHUNK - segments.index.shape[1])), mode="edge")
-    real = jnp.pad(segments.real, ((0, 0), (0, chunks * CHUNK - segments.real.shape[1])))
-    starts = jnp.diff(index, axis=1, prepend=0) > 0
-    position = jnp.arange(CHUNK, dtype=jnp.int32)[None, None]
-    starts = jnp.where(starts.reshape(-1, chunks, CHUNK), position, -1)
-    return lax.cummax(starts, axis=2) + jnp.where(real.reshape(starts.shape), 0, PADDING)
-
-
-PADDING = 1024
-
-
-def start_of_sequence(first_visible):
-    """Where in its chunk the sequence starts that a token belongs to; -1: before the chunk."""
-    return jnp.where(first_visible < CHUNK, first_visible, first_visible - PADDING)
 
 
 # The kernel.

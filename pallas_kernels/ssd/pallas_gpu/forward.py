@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import PROCESSORS, load
-from pallas_kernels.ssd.pallas_gpu.exponents import prepare, start_of_sequence
+from pallas_kernels.ssd.pallas_gpu.exponents import prepare
 from pallas_kernels.ssd.pallas_gpu.slices import Slices
 from pallas_kernels.ssd.pallas_gpu.tiles import (
     CHUNK,
@@ -37,6 +37,7 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     square,
     zeros,
 )
+from pallas_kernels.ssd.visibility import start_of_sequence
 
 
 def outputs(

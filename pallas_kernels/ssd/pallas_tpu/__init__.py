@@ -9,7 +9,7 @@ from pallas_kernels.ssd.discretize import discretize
 from pallas_kernels.ssd.pallas_tpu.backward import gradients
 from pallas_kernels.ssd.pallas_tpu.forward import walk
 from pallas_kernels.ssd.pallas_tpu.layout import make_layout
-from pallas_kernels.ssd.pallas_tpu.visibility import first_visible_tokens
+from pallas_kernels.ssd.visibility import first_visible_tokens
 
 
 def why_not_here() -> str | None:
@@ -74,7 +74,10 @@ def ssd(
             operands["D"] = layout.skip_in_lanes(arrays["D"])
         if "initial_state" in arrays:
             operands["state"] = layout.state_in_lanes(arrays["initial_state"])
-        return operands, {} if segments is None else {"first_visible": first_visible_tokens(segments, layout)}
+        if segments is None:
+            return operands, {}
+        visible = first_visible_tokens(segments, layout.chunks, layout.chunk)
+        return operands, {"first_visible": visible[:, :, None]}
 
     def summed(operands):
         """With the sums s of the increments in each chunk, from which decays are computed, in their place."""
