@@ -12,9 +12,10 @@ One row for each shape of `ssd`, forward:
 
 With --op ssd_gradient the same for the forward and the backward pass together, without error.
 
-With --op causal_conv1d, gated_rms_norm or mixer the same, forward and backward together, for what surrounds the scan in a
-2.7B layer: the convolution with SiLU, the norm with its gate, and a whole mixer from input to output projection. The
-peer of the mixer is `mamba_split_conv1d_scan_combined` of mamba_ssm (which needs causal_conv1d) between two products.
+With --op causal_conv1d, gated_rms_norm or mixer two rows for each shape, forward, and forward and backward together
+(_gradient), for what surrounds the scan in a 2.7B layer: the convolution with SiLU, the norm with its gate, and a whole
+mixer from input to output projection. The peer of the mixer is `mamba_split_conv1d_scan_combined` of mamba_ssm (which
+needs causal_conv1d) between two products, and its floor the time of the products alone.
 
 With --op ssd_step or mamba2_step one row for each batch of a 2.7B layer, one token of decoding, states in place:
 
@@ -30,6 +31,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -69,8 +71,9 @@ def main() -> None:
         for shape in args.shapes:
             b, l = map(int, shape.split("x"))  # noqa: E741, the axis letter
             spec = SSDSpec(b=b, l=l, dtype=args.dtype)
-            rows.append(SEQUENCE_ROWS[op](spec, args.implementation, args.without, copy))
-            print_row([rows[-1].get(name) for name in COLUMNS])
+            for row in SEQUENCE_ROWS[op](spec, args.implementation, args.without, copy):
+                rows.append(row)
+                print_row([row.get(name) for name in COLUMNS])
     for op in (op for op in args.op if op in STATES):
         print_row(STEP_COLUMNS)
         for batch in args.batches:
@@ -91,14 +94,14 @@ def main() -> None:
     print(f"wrote {args.out}")
 
 
-def ssd_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+def ssd_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> Iterator[dict]:
     arrays = ssd_inputs(spec)
     ours = functools.partial(pk.ssd, dt_softplus=True, implementation=implementation)
     xla = functools.partial(pk.ssd, dt_softplus=True, implementation="xla")
     floor = 1e3 * ssd_bytes(spec) / copy
     milliseconds_ours = milliseconds(ours, arrays)
     checked = "error" not in without and spec.l <= LONGEST_CHECKED
-    return {
+    yield {
         "op": "ssd",
         "shape": f"{spec.b}x{spec.l}x{spec.h}x{spec.p} n{spec.n} g{spec.g}",
         "dtype": spec.dtype,
@@ -112,66 +115,71 @@ def ssd_row(spec: SSDSpec, implementation: str, without: list[str], copy: float)
     }
 
 
-def gradient_row(op, spec: SSDSpec, function, arrays: dict, moved: int, peer, implementation, without, copy) -> dict:
-    """A row for `function(implementation, **arrays)` and its gradients, which move `moved` bytes at least."""
-    dy = jax.eval_shape(functools.partial(function, implementation), **arrays)
-    dy = jax.random.normal(jax.random.key(1), dy.shape, dy.dtype)
-
-    def forward_and_backward(implementation):
-        def run(dy, **arrays):
-            y, pullback = jax.vjp(lambda arrays: function(implementation, **arrays), arrays)
-            return y, pullback(dy)
-
-        return run
-
-    ours = forward_and_backward(implementation)
-    milliseconds_ours = milliseconds(ours, arrays | {"dy": dy})
+def row_of(op, spec: SSDSpec, function, arrays: dict, moved: int, peer, implementation, without, copy) -> dict:
+    """A row for `function(implementation, **arrays)`, which moves `moved` bytes at least."""
+    ours, xla = (functools.partial(function, name) for name in (implementation, "xla"))
+    milliseconds_ours = milliseconds(ours, arrays)
     floor = 1e3 * moved / copy
     return {
         "op": op,
         "shape": f"{spec.b}x{spec.l}x{spec.h}x{spec.p} n{spec.n} g{spec.g}",
         "dtype": spec.dtype,
         "ours": milliseconds_ours,
-        "xla": None if "xla" in without else milliseconds(forward_and_backward("xla"), arrays | {"dy": dy}),
-        "peer": None if "peer" in without or peer is None else peer(arrays),
+        "xla": None if "xla" in without else milliseconds(xla, arrays),
+        "peer": None if "peer" in without or peer is None else peer(),
         "floor": floor,
         "% of floor": round(100 * floor / milliseconds_ours),
-        "memory": megabytes(ours, arrays | {"dy": dy}),
+        "memory": megabytes(ours, arrays),
     }
 
 
-def ssd_gradient_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+def gradient_row(op, spec: SSDSpec, function, arrays: dict, moved: int, peer, *options) -> dict:
+    """`row_of` the function and its gradients together."""
+    dy = jax.eval_shape(functools.partial(function, "xla"), **arrays)
+    dy = jax.random.normal(jax.random.key(1), dy.shape, dy.dtype)
+
+    def forward_and_backward(implementation, dy, **arrays):
+        y, pullback = jax.vjp(lambda arrays: function(implementation, **arrays), arrays)
+        return y, pullback(dy)
+
+    return row_of(f"{op}_gradient", spec, forward_and_backward, arrays | {"dy": dy}, moved, peer, *options)
+
+
+def ssd_gradient_row(spec: SSDSpec, *options) -> Iterator[dict]:
     def ssd(implementation, **arrays):
         return pk.ssd(**arrays, dt_softplus=True, implementation=implementation)
 
     arrays = ssd_inputs(spec)
     # x, dt, B and C read and y written forward; these and dy read, and the gradients written, backward.
     moved = 3 * ssd_bytes(spec) - arrays["x"].nbytes
-    peer = functools.partial(peer_milliseconds, backward=True)
-    return gradient_row("ssd_gradient", spec, ssd, arrays, moved, peer, implementation, without, copy)
+    yield gradient_row(
+        "ssd", spec, ssd, arrays, moved, functools.partial(peer_milliseconds, arrays, backward=True), *options
+    )
 
 
-def conv_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+def conv_rows(spec: SSDSpec, *options) -> Iterator[dict]:
     def conv(implementation, **arrays):
         return pk.causal_conv1d(**arrays, activation="silu", implementation=implementation)
 
     mixer = mixer_inputs(spec, "float32")
     x = jax.random.normal(jax.random.key(3), (spec.b, spec.l, spec.sizes.channels), spec.dtype)
     arrays = {"x": x, "weight": mixer["conv_weight"], "bias": mixer["conv_bias"]}
-    return gradient_row("causal_conv1d", spec, conv, arrays, 5 * x.nbytes, None, implementation, without, copy)
+    yield row_of("causal_conv1d", spec, conv, arrays, 2 * x.nbytes, None, *options)
+    yield gradient_row("causal_conv1d", spec, conv, arrays, 5 * x.nbytes, None, *options)
 
 
-def norm_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+def norm_rows(spec: SSDSpec, *options) -> Iterator[dict]:
     def norm(implementation, **arrays):
         return pk.gated_rms_norm(**arrays, eps=1e-5, implementation=implementation)
 
     shape = (spec.b, spec.l, spec.sizes.inner)
     x, z = (jax.random.normal(jax.random.key(seed), shape, spec.dtype) for seed in (3, 4))
     arrays = {"x": x, "z": z, "weight": jnp.ones(spec.sizes.inner)}
-    return gradient_row("gated_rms_norm", spec, norm, arrays, 8 * x.nbytes, None, implementation, without, copy)
+    yield row_of("gated_rms_norm", spec, norm, arrays, 3 * x.nbytes, None, *options)
+    yield gradient_row("gated_rms_norm", spec, norm, arrays, 8 * x.nbytes, None, *options)
 
 
-def mixer_row(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> dict:
+def mixer_rows(spec: SSDSpec, implementation: str, without: list[str], copy: float) -> Iterator[dict]:
     sizes = spec.sizes
     width = sizes.inner // 2
 
@@ -188,11 +196,14 @@ def mixer_row(spec: SSDSpec, implementation: str, without: list[str], copy: floa
         strict=True,
     ):
         arrays[name] = (jax.random.normal(key, shape) * shape[-2] ** -0.5).astype(spec.dtype)
-    products = 3 * 2 * spec.b * spec.l * width * (sizes.projected + sizes.inner)
-    bytes_as_long = int(products / DENSE_PEAK * copy)  # the floor of a mixer is the time of its products
-    return gradient_row(
-        "mixer", spec, mixer, arrays, bytes_as_long, peer_mixer_milliseconds, implementation, without, copy
+    products = 2 * spec.b * spec.l * width * (sizes.projected + sizes.inner)
+    moved = int(products / DENSE_PEAK * copy)  # bytes that take as long as the products: they are the floor of a mixer
+    options = (implementation, without, copy)
+    forward, both = (
+        functools.partial(peer_mixer_milliseconds, arrays, backward=backward) for backward in (False, True)
     )
+    yield row_of("mixer", spec, mixer, arrays, moved, forward, *options)
+    yield gradient_row("mixer", spec, mixer, arrays, 3 * moved, both, *options)
 
 
 DENSE_PEAK = 989e12  # floating-point operations per second of an H100 or H200 in bfloat16, NVIDIA's data sheet
@@ -200,9 +211,9 @@ DENSE_PEAK = 989e12  # floating-point operations per second of an H100 or H200 i
 SEQUENCE_ROWS = {
     "ssd": ssd_row,
     "ssd_gradient": ssd_gradient_row,
-    "causal_conv1d": conv_row,
-    "gated_rms_norm": norm_row,
-    "mixer": mixer_row,
+    "causal_conv1d": conv_rows,
+    "gated_rms_norm": norm_rows,
+    "mixer": mixer_rows,
 }
 
 
@@ -292,8 +303,8 @@ def peer_milliseconds(arrays: dict[str, jax.Array], backward: bool = False) -> f
     return graph_milliseconds(call, calls=5 if backward else 10)
 
 
-def peer_mixer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
-    """The peer's mixer forward and backward on inputs of the same shapes."""
+def peer_mixer_milliseconds(arrays: dict[str, jax.Array], backward: bool) -> float | None:
+    """The peer's mixer, forward or forward and backward, on inputs of the same shapes."""
     try:
         import torch
         from causal_conv1d import causal_conv1d_fn  # noqa: F401, the peer needs it
@@ -308,13 +319,13 @@ def peer_mixer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
     for name in ("conv_weight", "conv_bias"):  # the peer takes them in the dtype of its activations
         tensors[name] = tensors[name].to(tensors["u"].dtype)
     for tensor in tensors.values():
-        tensor.requires_grad_()
+        tensor.requires_grad_(backward)
     heads = arrays["A"].size
     head_dim = arrays["norm_weight"].size // heads
     dy = torch.randn_like(tensors["u"])
 
     def call():
-        with torch.enable_grad():
+        with torch.set_grad_enabled(backward):
             y = mamba_split_conv1d_scan_combined(
                 tensors["u"] @ tensors["in_proj"],
                 *(tensors[name] for name in ("conv_weight", "conv_bias", "dt_bias", "A", "D")),
@@ -324,7 +335,8 @@ def peer_mixer_milliseconds(arrays: dict[str, jax.Array]) -> float | None:
                 headdim=head_dim,
                 norm_before_gate=False,
             )
-            return torch.autograd.grad(y @ tensors["out_proj"], list(tensors.values()), dy)
+            y = y @ tensors["out_proj"]
+            return torch.autograd.grad(y, list(tensors.values()), dy) if backward else y
 
     return graph_milliseconds(call, calls=2)
 
@@ -489,7 +501,7 @@ def peer_step_milliseconds(arrays: dict[str, jax.Array], copies: int) -> float |
 
 def print_row(values) -> None:
     cells = ["-" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
-    widths = (11, 22, 9, 7, 7, 7, 7, 11, 8, 10, 8)
+    widths = (23, 22, 9, 7, 7, 7, 7, 11, 8, 10, 8)
     print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=False)), flush=True)
 
 

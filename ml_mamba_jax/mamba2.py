@@ -109,7 +109,7 @@ class Mamba2Mixer(nn.Module):
             return out_projection(config, self.dtype, self.n_layers)(y[:, None]), MambaState(*state)
 
         before = MambaState(None, None) if state is None else jax.tree.map(lambda a: a[layer], state)
-        y, *after = pk.mamba2_sequence(
+        outputs = pk.mamba2_sequence(
             zxbcdt,
             scan.conv_weight,
             A,
@@ -121,12 +121,14 @@ class Mamba2Mixer(nn.Module):
             conv_state=before.conv,
             ssm_state=before.ssm,
             segment_ids=segment_ids,
-            return_states=True,
+            return_states=state is not None,
             chunk_size=config.chunk_size,
             **shared,
         )
-        if state is not None:
-            state = jax.tree.map(lambda stack, a: stack.at[layer].set(a), state, MambaState(*after))
+        if state is None:
+            return out_projection(config, self.dtype, self.n_layers)(outputs), None
+        y, *after = outputs
+        state = jax.tree.map(lambda stack, a: stack.at[layer].set(a), state, MambaState(*after))
         return out_projection(config, self.dtype, self.n_layers)(y), state
 
 

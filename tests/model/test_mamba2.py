@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels as pk
 from ml_mamba_jax import layers
 from ml_mamba_jax.config import MixerConfig
 from ml_mamba_jax.mamba2 import Mamba2Mixer
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.state import init_state, insert_rows, take_rows
+from ml_mamba_jax.state import MambaState, init_state, insert_rows, take_rows
 from tests import tiny_model
+from tests.kernels.test_ssd_pallas_gpu import export
 
 
 def sigmoid(x):
@@ -82,6 +84,27 @@ def test_mixer_is_the_recurrence(config):
     expected = np.stack([mixer_by_token(params, row, config) for row in u])
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(y, expected, atol=2e-6, rtol=2e-5)
+
+
+def test_without_a_state_none_is_computed():
+    """It would be written by the forward pass, and its gradient, which is zero, read by the backward pass."""
+    config = MixerConfig(d_model=128, d_state=128, head_dim=64)
+    mixer = Mamba2Mixer(config, n_layers=1, dtype=jnp.dtype("bfloat16"))
+    u = jax.ShapeDtypeStruct((3, 70, 128), jnp.bfloat16)
+    params = jax.eval_shape(lambda u: nn.unbox(mixer.init(jax.random.key(0), u)), u)
+    ends = "2x3x4x64x128xf32"  # [b h p n] of the first state and of the gradient of the last
+
+    def lowered(state):
+        def loss(params, u):
+            with pk.use_implementation("pallas_gpu"):
+                y, after = mixer.apply(params, u, state, layer=jnp.int32(0))
+            return sum(jnp.sum(a.astype(jnp.float32)) for a in jax.tree.leaves((y, after)))
+
+        return export(lambda arrays: jax.grad(loss)(*arrays), (params, u))
+
+    assert ends not in lowered(None)
+    states = MambaState(jnp.zeros((1, 3, 3, config.conv_channels), jnp.bfloat16), jnp.zeros((1, 3, 4, 64, 128)))
+    assert ends in lowered(states)
 
 
 def test_language_model_is_prenorm_residual_blocks_with_a_tied_head():
