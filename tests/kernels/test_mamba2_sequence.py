@@ -135,8 +135,12 @@ class TestPallasGPU(Mamba2SequenceSuite):
             outputs, gradients = outputs_and_gradients(function, arrays, exact_dtype)
             return outputs | gradients
 
-        # Two units: the gradients of A and dt_bias are a few numbers here, sums of roundings that nearly cancel.
-        assert_as_exact(results("pallas_gpu"), results("xla"), results("reference", "float64"), dtype, units=2)
+        ours, xla, exact = results("pallas_gpu"), results("xla"), results("reference", "float64")
+        # Between its kernels numbers are rounded that XLA, which fuses, may keep. The gradients of A and dt_bias are a
+        # few numbers here, sums in which such roundings nearly cancel.
+        few = {f"gradient of {name}" for name in ("A", "dt_bias")}
+        assert_as_exact(ours, xla, {name: a for name, a in exact.items() if name not in few}, dtype, units=0.5)
+        assert_as_exact(ours, xla, {name: a for name, a in exact.items() if name in few}, dtype, units=2)
 
     @pytest.mark.parametrize(
         "shape", [(2, 300, 4, 64, 128, 1, 4), (1, 200, 8, 64, 64, 2, 3), (1, 70, 2, 128, 64, 1, 2)]
