@@ -228,8 +228,10 @@ class Answer:
             vocab_size=_vocab_size(tokenizer, model.config),
         )
         seen = nothing_seen(model, 1, sampling)
-        if seen is not None and len(before):
-            seen = seen.at[0, jnp.asarray(before)].set(True)
+        if seen is not None:
+            already = np.zeros(seen.shape, bool)  # by NumPy: another number of tokens compiles nothing
+            already[0, list(before)] = True
+            seen = jnp.asarray(already)
         rows, pixels = pad_rows([ids], tokenizer.eos_id), stack_images([image], model.config)
         self._decoding: Decoding = read(model, params, *rows, *pixels, state=state, seen=seen)
 
