@@ -162,7 +162,7 @@ def _write(
 
     def unfinished(carry):
         decoding, _, _ = carry
-        return (decoding.position - start < limit) & ~jnp.all(decoding.finished)
+        return (decoding.position - start < jnp.minimum(limit, capacity)) & ~jnp.all(decoding.finished)
 
     def write_one(carry):
         decoding, written, count = carry

@@ -134,7 +134,10 @@ def answer_probabilities(
     _vocab_size(tokenizer, model.config)
     decoding = read(model, params, *pad_rows(rows, tokenizer.eos_id), *images, state=state)
     _check_finite(decoding.state)
-    return np.asarray(jax.nn.softmax(decoding.logits[:, np.concatenate(first)], axis=-1))
+    probabilities = np.asarray(jax.nn.softmax(decoding.logits[:, np.concatenate(first)], axis=-1))
+    if not np.isfinite(probabilities).all():
+        raise NonFiniteError("answer_probabilities: got NaN or infinity among the logits; check the parameters")
+    return probabilities
 
 
 def _batch(model, tokenizer, prompts, images, state):
@@ -183,7 +186,7 @@ def stream(
 
 
 class Answer:
-    """One answer while it is written: iterate for its text. `ids`, `text` and `state` are what was written so far.
+    """One answer while it is written: iterate for its text. `ids` and `text` are what was handed out so far.
 
     The device writes the first token alone, then `BLOCK` at a time, which are handed out one by one. Who stops in
     between gets the state after the last one that was handed out.
@@ -237,26 +240,25 @@ class Answer:
 
     @property
     def state(self) -> MambaState:
-        """The state after the last token that was written."""
+        """Once the iteration has ended or was closed: the state after the last token that was handed out."""
         return self._decoding.state
 
     def __iter__(self) -> Iterator[str]:
         wanted = 1
         while len(self.ids) < self._max_new_tokens:
             wanted = min(wanted, self._max_new_tokens - len(self.ids))
-            before = self._decoding
-            tokens, count, self._decoding = self._write(before, limit=wanted)
-            count, used = int(count[0]), 0
+            before, start = self._decoding, len(self.ids)
+            tokens, count, after = self._write(before, limit=wanted)
+            tokens, count = np.asarray(tokens)[0], int(count[0])  # here an interrupt leaves everything as it was
             try:
-                for token in np.asarray(tokens)[0, :count].tolist():
+                for token in tokens[:count].tolist():
                     self.ids.append(token)
-                    used += 1
                     yield from self._shown(self._pieces.push(token))
                     if self._pieces.stopped:
                         break
             finally:
-                if used < count:
-                    *_, self._decoding = self._write(before, limit=used)
+                used = len(self.ids) - start
+                self._decoding = after if used == count else self._write(before, limit=used)[-1]
             if count < wanted or self._pieces.stopped:
                 break
             wanted = self.BLOCK

@@ -1,5 +1,6 @@
 """A recurrent state on disk: one safetensors file that knows which model it belongs to."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -11,6 +12,8 @@ from ml_mamba_jax import serialize
 from ml_mamba_jax.config import Mamba2Config, MLMambaConfig
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.state import MambaState, check_state
+
+FORMAT = "ml-mamba-jax state 1"
 
 
 def save_state(path: str | Path, state: MambaState, config: MLMambaConfig) -> None:
@@ -24,7 +27,7 @@ def save_state(path: str | Path, state: MambaState, config: MLMambaConfig) -> No
     check_state(state, config.language, config.dtype, state.batch_size)
     arrays = {name: np.asarray(a, np.float32) for name, a in state._asdict().items()}  # which holds 16 bits exactly
     metadata = {
-        "format": "ml-mamba-jax state 1",
+        "format": FORMAT,
         "language": serialize.to_json(config.language),
         "dtype": config.dtype,
         "sha256": _digest(arrays),
@@ -35,7 +38,8 @@ def save_state(path: str | Path, state: MambaState, config: MLMambaConfig) -> No
         aside.write_bytes(save(arrays, metadata))
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise InputError(f"{path}: the state cannot be written: {error}; choose another place") from error
 
 
@@ -55,6 +59,8 @@ def load_state(path: str | Path, config: MLMambaConfig) -> MambaState:
         arrays, metadata = load(data), _metadata(data)
         saved = serialize.from_json(Mamba2Config, metadata["language"], f"{path}: language")
         dtype, digest = metadata["dtype"], metadata["sha256"]
+        if metadata["format"] != FORMAT:
+            raise ValueError(metadata["format"])
     except FileNotFoundError as error:
         raise InputError(f"{path}: found no such file, expected one that save_state wrote; check the path") from error
     except OSError as error:
