@@ -36,6 +36,7 @@ _MODULE_OF = {
     "load_params": "checkpoint",
     "load_state": "state_file",
     "prepare_images": "image",
+    "quantize": "quantization",
     "read_image": "image",
     "save_state": "state_file",
     "stream": "generation",

@@ -54,6 +54,12 @@ def quantize(params: dict, *, donate: bool = False) -> dict:
     return {**params, "language": language}
 
 
+def is_quantized(params: dict) -> bool:
+    """Whether these are parameters that `quantize` made, or the tree in which a checkpoint describes them."""
+    head = params.get("language", {}).get("head")
+    return isinstance(head, Quantized) or (isinstance(head, dict) and head.keys() == set(Quantized._fields))
+
+
 def dequantize(weights: Quantized) -> Float[Array, "*layers k n"]:
     """The weights that `weights` stands for, float32."""
     return jnp.asarray(weights.values, jnp.float32) * jnp.expand_dims(weights.scale, -2)

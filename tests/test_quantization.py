@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ml_mamba_jax import checkpoint
 from ml_mamba_jax.config import Mamba2Config, MixerConfig, MLMambaConfig
-from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.errors import CheckpointError, InputError
 from ml_mamba_jax.generation import Chat, generate, stream
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.quantization import Quantized, dequantize, dot_general, logit_error, quantize
+from ml_mamba_jax.quantization import Quantized, dequantize, dot_general, is_quantized, logit_error, quantize
 from tests import tiny_model
 from tests.test_generate import IMAGES, QUESTIONS, TOKENIZER, weights
 from tests.tiny_model import MODEL, apply
@@ -84,6 +85,9 @@ def test_the_model_computes_what_it_computes_with_the_weights_that_they_stand_fo
         results.append((apply(params, tokens, images=pixels, model=model), logits, step))
     for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(got, expected, atol=5e-6 * np.abs(expected).max())
+    hidden = apply(quantized(), tokens, images=pixels, method="hidden")
+    by_head = hidden @ dequantize(quantized()["language"]["head"])
+    np.testing.assert_allclose(results[0][0], by_head, atol=5e-6 * np.abs(by_head).max())
     original = apply(weights(), tokens, images=pixels)
     assert np.abs(results[0][0] - original).max() > 1e-3 * np.abs(original).max()  # the rounding is there
 
@@ -130,3 +134,17 @@ def test_nan_among_the_weights_is_still_found():
         broken = quantize({**weights(), "language": {**weights()["language"], "blocks": blocks}})
         logits = apply(broken, tiny_model.tokens(1, 5))
         assert not np.isfinite(logits).all()
+
+
+def test_a_checkpoint_gives_quantised_parameters_back(tmp_path):
+    checkpoint.write_model(tmp_path, MODEL.config, TOKENIZER)
+    checkpoint.save(tmp_path, 1, {checkpoint.PARAMS: quantized()})
+    params = checkpoint.load(tmp_path).params
+    assert is_quantized(params) and not is_quantized(weights())
+    assert jax.tree.structure(params) == jax.tree.structure(quantized())
+    for got, expected in zip(jax.tree.leaves(params), jax.tree.leaves(quantized()), strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(got, expected)
+    shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), MODEL.param_shapes())
+    with pytest.raises(CheckpointError, match="got quantised parameters, expected whole ones"):
+        checkpoint.load_params(tmp_path, shardings=shardings)
