@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 # No public name may also be the name of a module here: importing that module would put it in the name's place.
 _MODULE_OF = {
-    "Chat": "generation",
+    "Chat": "conversation",
     "InputError": "errors",
     "CheckpointError": "errors",
     "NonFiniteError": "errors",
@@ -23,6 +23,7 @@ _MODULE_OF = {
     "MLMambaConfig": "config",
     "MambaState": "state",
     "Sampling": "sampling",
+    "Timing": "timing",
     "Tokenizer": "tokenizer",
     "Turn": "prompt",
     "answer_probabilities": "generation",

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from ml_mamba_jax import checkpoint
 from ml_mamba_jax.arguments import OneLineParser
-from ml_mamba_jax.compilation import compile_time, keep_compiled_programs
+from ml_mamba_jax.compilation import keep_compiled_programs
+from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.errors import CheckpointError, InputError, one_line_errors
-from ml_mamba_jax.generation import Chat
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.quantization import quantize
 from ml_mamba_jax.sampling import Sampling
+from ml_mamba_jax.timing import Timing
 
 HELP = """\
 /image FILE   start a new conversation about an image
@@ -91,23 +92,13 @@ def _load(folder: str, int8: bool) -> Chat:
 
 def _answer(chat: Chat, question: str, image, options: dict) -> None:
     """Write the answer as it comes, then how long it took."""
-    start = time.perf_counter()
-    first = None
-    with compile_time() as compiling:
-        try:
-            for piece in chat.stream(question, image, **options):
-                first = first or time.perf_counter()
-                print(piece, end="", flush=True)
-        finally:
-            print(flush=True)
-    count, end = len(chat.answer_ids), time.perf_counter()
-    timing = f"{count} tokens in {end - start:.2f} s"
-    if first is not None and count > 1:
-        rate = (count - 1) / (end - first)
-        timing += f"; first text after {first - start:.2f} s, then {rate:.1f} tokens/s"
-    if compiling.seconds >= 0.01:
-        timing += f"; {compiling.seconds:.2f} s of it compiling"
-    _note(timing)
+    timing = Timing()
+    try:
+        for piece in chat.stream(question, image, timing=timing, **options):
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+    _note(str(timing))
 
 
 def _converse(chat: Chat, image, options: dict) -> None:
@@ -127,6 +118,8 @@ def _converse(chat: Chat, image, options: dict) -> None:
             elif command == "/reset":
                 chat.reset()
             elif command == "/image":
+                if not argument.strip():
+                    raise InputError("/image: got no file, expected /image FILE")
                 image = read_image(argument.strip())
                 chat.reset()
             elif command.startswith("/"):

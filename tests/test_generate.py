@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ml_mamba_jax import batching, decoding
+from ml_mamba_jax.answer import Answer
 from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.decoding import bucket, generate_tokens, pad_rows
 from ml_mamba_jax.errors import InputError, NonFiniteError
-from ml_mamba_jax.generation import Answer, Chat, answer_probabilities, generate, image_state, stream
+from ml_mamba_jax.generation import answer_probabilities, generate, image_state, stream
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.sampling import Sampling
@@ -180,9 +182,9 @@ def test_seeds_repeat_and_differ():
 
 def test_another_prompt_length_compiles_nothing():
     written(["hi"] * 3)
-    compiled = [function._cache_size() for function in (decoding._read_piece, decoding.write_in_place)]
+    compiled = [function._cache_size() for function in (decoding._read_piece, decoding._write_in_place)]
     written(["hi there", "what?", "no"])
-    assert [function._cache_size() for function in (decoding._read_piece, decoding.write_in_place)] == compiled
+    assert [function._cache_size() for function in (decoding._read_piece, decoding._write_in_place)] == compiled
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=5.0)], ids=["greedy", "hot"])
@@ -336,11 +338,11 @@ def test_a_long_answer_needs_no_more_memory_than_a_short_one():
         return got
 
     got = go_on(got)
-    live, compiled = len(jax.live_arrays()), decoding.write_in_place._cache_size()
+    live, compiled = len(jax.live_arrays()), decoding._write_in_place._cache_size()
     for _ in range(30):
         got = go_on(got)
     assert got.position == 32 * 31
-    assert len(jax.live_arrays()) == live and decoding.write_in_place._cache_size() == compiled
+    assert len(jax.live_arrays()) == live and decoding._write_in_place._cache_size() == compiled
 
 
 TEXT = "naïve  日本語\n🙂 is 👩‍👩‍👧 é"
@@ -479,7 +481,7 @@ def test_input_that_cannot_be_answered_is_refused():
         ask(["a", "b"], [None])
     with pytest.raises(InputError, match="got 0 prompts"):
         ask([])
-    with pytest.raises(InputError, match="max_new_tokens: got 0, expected at least 1"):
+    with pytest.raises(InputError, match="max_new_tokens: got 0, expected a whole number of at least 1"):
         ask(["a"], max_new_tokens=0)
     with pytest.raises(InputError, match=r"nowhere\.png: found no such image file"):
         ask(["a"], ["nowhere.png"])

@@ -10,8 +10,9 @@ import pytest
 
 from ml_mamba_jax import checkpoint
 from ml_mamba_jax.config import Mamba2Config, MixerConfig, MLMambaConfig
+from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.errors import CheckpointError, InputError
-from ml_mamba_jax.generation import Chat, generate, stream
+from ml_mamba_jax.generation import generate, stream
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.quantization import Quantized, dequantize, dot_general, is_quantized, logit_error, quantize
 from tests import tiny_model
