@@ -91,7 +91,7 @@ def _decoded(image):
 
     if isinstance(image, np.ndarray | Array):
         pixels = np.asarray(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
             raise InputError(f"image: got {pixels.dtype} {pixels.shape}, expected uint8 pixels [y x 3]")
         return Image.fromarray(pixels)
     if not isinstance(image, Image.Image):

@@ -5,7 +5,7 @@ image, and joined into batches. It is a NamedTuple of two arrays whose second ax
 to disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,7 +71,7 @@ def fork(state: MambaState, n: int) -> MambaState:
     return take_rows(state, [0] * n)
 
 
-def join(states: Sequence[MambaState]) -> MambaState:
+def join(states: MambaState | Iterable[MambaState]) -> MambaState:
     """The rows of all states, in order, as one batch. Raises InputError for none, or states of different models."""
     states = [states] if isinstance(states, MambaState) else list(states)
     if not states:

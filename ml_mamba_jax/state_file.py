@@ -35,10 +35,10 @@ def save_state(path: str | Path, state: MambaState, config: MLMambaConfig, param
         "format": FORMAT,
         "language": serialize.to_json(config.language),
         "dtype": config.dtype,
-        "sha256": _digest(arrays),
     }
     if params is not None:
         metadata["params"] = fingerprint(params)
+    metadata["sha256"] = _digest(arrays, metadata)
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -84,8 +84,8 @@ def load_state(path: str | Path, config: MLMambaConfig, params: dict | None = No
         differences.append(f"dtype: {dtype} -> {config.dtype}")
     if differences:
         raise InputError(f"{path}: got the state of another model ({'; '.join(differences)}); load it into that one")
-    if arrays.keys() != set(MambaState._fields) or _digest(arrays) != digest:
-        raise InputError(f"{path}: the arrays differ from their SHA-256: the file is damaged; save the state again")
+    if arrays.keys() != set(MambaState._fields) or _digest(arrays, metadata) != digest:
+        raise InputError(f"{path}: the contents differ from their SHA-256: the file is damaged; save the state again")
     if params is not None and metadata.get("params") != fingerprint(params):
         raise InputError(
             f"{path}: got a state that other parameters reached, or that was saved without params; expected one of these "
@@ -128,8 +128,8 @@ def _metadata(data: bytes) -> dict[str, str]:
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(metadata.get("params", "").encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

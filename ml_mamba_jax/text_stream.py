@@ -7,6 +7,9 @@ from ml_mamba_jax.tokenizer import Tokenizer
 
 UNFINISHED = 3
 """Bytes of a character that may wait for the rest of it, and the most U+FFFD that a decoder makes of them."""
+ENOUGH = 4 * UNFINISHED
+"""The last characters of a text, as many as may be unfinished, are the same when only these last tokens are decoded: each has a
+byte at least, the first ones may be torn from their character, and at most three bytes become one U+FFFD."""
 
 
 def checked_stop_strings(stop_strings: Sequence[str] | None) -> tuple[str, ...]:
@@ -52,9 +55,9 @@ class TextStream:
         new, self._known = text[self._known : len(text) - open_], len(text) - open_
         if not open_:
             self._ids, self._known = [], 0
-        elif len(self._ids) > UNFINISHED + 1:  # an open character is within the last tokens: each has a byte at least
-            self._ids = self._ids[-UNFINISHED - 1 :]
-            self._known = max(len(self._tokenizer.decode(self._ids)) - open_, 0)
+        elif len(self._ids) > ENOUGH:
+            self._ids = self._ids[-ENOUGH:]
+            self._known = len(self._tokenizer.decode(self._ids)) - open_
         return self._visible(self._before_stop(new))
 
     def flush(self) -> str:

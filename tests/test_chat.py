@@ -87,6 +87,7 @@ def test_a_conversation(folder, capsys, monkeypatch):
     turns = [Turn("human", "what is this?"), Turn("gpt", answer), Turn("human", "why so?")]
     answers = [answer, expected(turns, first), expected("why so?", first), expected("why so?", second)]
     assert out.split() == answers and len(set(answers)) == 4
+    assert "error: /image: got no file, expected /image FILE" in err
     assert "error: nowhere.png: found no such image file" in err
     assert "error: /imag: no such command, expected /image, /reset, /help or /quit" in err
     assert err.count("error: ") == 3 and "start a new conversation about an image" in err
