@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from ml_mamba_jax import checkpoint
 from ml_mamba_jax.arguments import OneLineParser
-from ml_mamba_jax.compilation import keep_compiled_programs
 from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.errors import CheckpointError, InputError, one_line_errors
 from ml_mamba_jax.image import read_image
@@ -40,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens: got {args.max_new_tokens}, expected at least 1")
         image = None if args.image is None else read_image(args.image)
-        keep_compiled_programs()
         chat = _load(args.checkpoint, args.int8)
         options = {
             "sampling": sampling,

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from ml_mamba_jax import serialize
+from ml_mamba_jax.compilation import keep_compiled_programs
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import CheckpointError, InputError
 from ml_mamba_jax.model import MLMamba
@@ -56,11 +57,14 @@ class Loaded(NamedTuple):
 def load(folder: str | Path, step: int | None = None) -> Loaded:
     """Model, parameters and tokenizer of a run's folder or of converted weights; `step` as in `load_params`.
 
+    From here on compiled programs are kept for the next process, as `compilation.keep_compiled_programs` says.
+
     Raises:
         CheckpointError: the folder is none of these, or damaged; names the file.
     """
     folder = Path(folder)
     model = MLMamba(load_config(folder))
+    keep_compiled_programs()
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / TOKENIZER_FILE).is_file() else None
     return Loaded(model, load_params(folder, step), tokenizer)
 

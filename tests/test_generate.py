@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ml_mamba_jax import batching, decoding, generation
+from ml_mamba_jax import answer, batching, decoding, generation
 from ml_mamba_jax.answer import Answer
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.conversation import Chat
@@ -256,6 +256,13 @@ def test_a_stream_is_what_generate_returns(sampling):
         pieces = list(stream(MODEL, weights(), TOKENIZER, question, image, **options))
         assert len(pieces) > 1 and all(pieces)
         assert "".join(pieces) == generate(MODEL, weights(), TOKENIZER, [question], [image], **options)[0]
+
+
+def test_a_stream_looks_at_the_device_once_for_several_tokens(monkeypatch):
+    limits, write = [], answer.write
+    monkeypatch.setattr(answer, "write", lambda *a, **o: limits.append(o["limit"]) or write(*a, **o))
+    list(stream(MODEL, weights(), TOKENIZER, "hi", max_new_tokens=20, stop_ids=()))
+    assert limits == [1, 8, 8, 3]
 
 
 def test_long_prompts_are_read_in_pieces(monkeypatch):

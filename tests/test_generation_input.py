@@ -140,4 +140,5 @@ def test_what_is_obvious_is_done():
         answer_probabilities(MODEL, weights(), TOKENIZER, ["hi"], PICTURE, answers=a) for a in (["a", "b"], iter("ab"))
     ]
     np.testing.assert_array_equal(*probabilities)
-    assert len(ask(["hi"], max_new_tokens=3, stop_strings=["never seen"])) == 1
+    # An empty question is one, and a stop string that never comes stops nothing.
+    assert ask([""])[0] and ask(images=[IMAGES[0]], stop_strings=["never seen"]) == answer
