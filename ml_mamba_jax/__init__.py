@@ -41,6 +41,7 @@ _MODULE_OF = {
     "read_image": "image",
     "save_state": "state_file",
     "stream": "generation",
+    "take_rows": "state",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]
