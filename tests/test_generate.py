@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -496,6 +496,8 @@ def test_bytes_that_never_become_a_character_do_not_pile_up(monkeypatch):
 
 
 @given(st.lists(st.sampled_from([*"a é🙂日".encode(), 0x80, 0xF0, 0xE3, 0x20, 0x0A]), max_size=40))
+@example([195, 240, 169, 169, 195])  # one U+FFFD for three bytes
+@example([240, 169, 169] * 9)
 def test_pieces_of_any_bytes_join_to_what_utf_8_reads(data):
     by_byte = Tokenizer.train([], 257)
     byte_of = {by_byte.backend.token_to_id(c): b for b, c in byte_alphabet().items()}
