@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -91,17 +90,3 @@ def test_an_empty_answer_is_read_as_the_conversation_from_scratch_has_it():
     scratch = batching.encode_turns(BY_BYTE, chat.turns[:3])
     assert chat.ids == [*scratch, *chat.answer_ids]
     assert_state_is_that_of_what_was_read(chat, printable_params())
-    # With an image behind it the end of the empty answer is read on its own.
-    chat = new_chat()
-    chat.ask("what is this?", max_new_tokens=4, stop_ids=range(257))
-    six(chat, "and then", np.zeros((4, 4, 3), np.uint8))
-    assert chat.ids == [*scratch, *chat.answer_ids]
-
-
-def test_the_state_of_a_chat_may_be_kept_while_it_goes_on():
-    chat = new_chat()
-    six(chat, "what is this?")
-    kept = chat.state
-    before = jax.tree.map(np.array, kept)
-    six(chat, "and then")
-    np.testing.assert_array_equal(kept.ssm, before.ssm)  # not donated

@@ -16,7 +16,7 @@ from ml_mamba_jax.generation import generate, stream
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.quantization import Quantized, dequantize, dot_general, is_quantized, logit_error, quantize
 from tests import tiny_model
-from tests.test_generate import IMAGES, QUESTIONS, TOKENIZER, weights
+from tests.test_generate import QUESTIONS, TOKENIZER, weights
 from tests.tiny_model import MODEL, apply
 
 
@@ -78,19 +78,18 @@ def test_the_arrays_that_were_replaced_may_be_given_up():
 
 
 def test_the_model_computes_what_it_computes_with_the_weights_that_they_stand_for():
-    tokens, pixels, lengths = tiny_model.tokens(2, 9), tiny_model.pixels(2), jnp.asarray([9, 4])
+    tokens, lengths = tiny_model.tokens(2, 9), jnp.asarray([9, 4])
     results = []
     for model, params in ((MODEL, quantized()), (UNTIED, dequantized(quantized()))):
-        logits, state = apply(params, tokens, images=pixels, lengths=lengths, method="prefill", model=model)
-        step = apply(params, tokens[:, 0], state, method="step", model=model)
-        results.append((apply(params, tokens, images=pixels, model=model), logits, step))
+        logits, state = apply(params, tokens, lengths=lengths, method="prefill", model=model)
+        results.append((logits, apply(params, tokens[:, 0], state, method="step", model=model)))
     for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(got, expected, atol=5e-6 * np.abs(expected).max())
-    hidden = apply(quantized(), tokens, images=pixels, method="hidden")
-    by_head = hidden @ dequantize(quantized()["language"]["head"])
-    np.testing.assert_allclose(results[0][0], by_head, atol=5e-6 * np.abs(by_head).max())
-    original = apply(weights(), tokens, images=pixels)
-    assert np.abs(results[0][0] - original).max() > 1e-3 * np.abs(original).max()  # the rounding is there
+    forward = apply(quantized(), tokens)
+    by_head = apply(quantized(), tokens, method="hidden") @ dequantize(quantized()["language"]["head"])
+    np.testing.assert_allclose(forward, by_head, atol=5e-6 * np.abs(by_head).max())
+    original = apply(weights(), tokens)
+    assert np.abs(forward - original).max() > 1e-3 * np.abs(original).max()  # the rounding is there
 
 
 def test_in_16_bits_the_products_are_exact_until_they_are_rounded():
@@ -121,10 +120,10 @@ def test_logits_are_off_by_little_at_the_widths_of_a_real_model(dtype):
 
 def test_whatever_generates_takes_quantised_parameters():
     options = {"max_new_tokens": 6}
-    expected = generate(UNTIED, dequantized(quantized()), TOKENIZER, QUESTIONS, IMAGES, **options)
-    assert generate(MODEL, quantized(), TOKENIZER, QUESTIONS, IMAGES, **options) == expected
-    assert "".join(stream(MODEL, quantized(), TOKENIZER, QUESTIONS[0], IMAGES[0], **options)) == expected[0]
-    assert Chat(MODEL, quantized(), TOKENIZER).ask(QUESTIONS[0], IMAGES[0], **options) == expected[0]
+    expected = generate(UNTIED, dequantized(quantized()), TOKENIZER, QUESTIONS, **options)
+    assert generate(MODEL, quantized(), TOKENIZER, QUESTIONS, **options) == expected
+    assert "".join(stream(MODEL, quantized(), TOKENIZER, QUESTIONS[0], **options)) == expected[0]
+    assert Chat(MODEL, quantized(), TOKENIZER).ask(QUESTIONS[0], **options) == expected[0]
 
 
 def test_nan_among_the_weights_is_still_found():
