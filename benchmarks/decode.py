@@ -23,6 +23,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from ml_mamba_jax.compilation import compile_time
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.decoding import Decoding, bucket, read, write, write_in_place
 from ml_mamba_jax.model import MLMamba
@@ -128,25 +129,28 @@ def long_row(model, params, total: int) -> dict:
     """Blocks of tokens one after the other, each from where the last one ended."""
     decoding: Decoding = read(model, params, *prompt(1, 32))
     times, buffers, memory = [], [], []
-    compiled = None
-    for block in range(-(-total // BLOCK) + 1):  # the first compiles
-        started = time.perf_counter()
-        *_, decoding = write_in_place(
-            model, params, decoding, jax.random.key(0), BLOCK, **options(model, bucket(BLOCK))
-        )
-        jax.block_until_ready(decoding)
-        times.append(1e6 * (time.perf_counter() - started) / BLOCK)
-        buffers.append(sum(a.nbytes for a in jax.live_arrays()))
-        memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
-        compiled = compiled or write_in_place._cache_size()
-        if block % max(1, total // BLOCK // 10) == 0:
-            print(f"{block * BLOCK:>9,} tokens: {times[-1]:.0f} us each, {buffers[-1] / 1e6:.1f} MB in device buffers")
+    compiled = None  # seconds, up to the end of the first block
+    with compile_time() as compiling:
+        for block in range(-(-total // BLOCK) + 1):  # the first compiles
+            started = time.perf_counter()
+            *_, decoding = write_in_place(
+                model, params, decoding, jax.random.key(0), BLOCK, **options(model, bucket(BLOCK))
+            )
+            jax.block_until_ready(decoding)
+            times.append(1e6 * (time.perf_counter() - started) / BLOCK)
+            buffers.append(sum(a.nbytes for a in jax.live_arrays()))
+            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+            compiled = compiling.seconds if compiled is None else compiled
+            if block % max(1, total // BLOCK // 10) == 0:
+                print(
+                    f"{block * BLOCK:>9,} tokens: {times[-1]:.0f} us each, {buffers[-1] / 1e6:.1f} MB in device buffers"
+                )
     tenth = max(1, len(times) // 10)
     first, last = statistics.median(times[1 : 1 + tenth]), statistics.median(times[-tenth:])
     print(
         f"a token took {first:.0f} us at the start and {last:.0f} us at the end ({last / first - 1:+.1%}); device buffers "
         f"grew by {buffers[-1] - buffers[1]} bytes, memory of the process by {memory[-1] - memory[1]:.1f} MB; "
-        f"{write_in_place._cache_size() - compiled} compilations after the first block"
+        f"{compiling.seconds - compiled:.2f} s of compiling after the first block"
     )
     return {
         "what": "long",
@@ -155,7 +159,7 @@ def long_row(model, params, total: int) -> dict:
         "us at the end": last,
         "device bytes grown": buffers[-1] - buffers[1],
         "process MB grown": memory[-1] - memory[1],
-        "compilations": write_in_place._cache_size() - compiled,
+        "compiling s": compiling.seconds - compiled,
     }
 
 

@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 # No public name may also be the name of a module here: importing that module would put it in the name's place.
 _MODULE_OF = {
-    "Chat": "generation",
+    "Chat": "conversation",
     "InputError": "errors",
     "CheckpointError": "errors",
     "NonFiniteError": "errors",
@@ -23,6 +23,7 @@ _MODULE_OF = {
     "MLMambaConfig": "config",
     "MambaState": "state",
     "Sampling": "sampling",
+    "Timing": "timing",
     "Tokenizer": "tokenizer",
     "Turn": "prompt",
     "answer_probabilities": "generation",
@@ -36,9 +37,11 @@ _MODULE_OF = {
     "load_params": "checkpoint",
     "load_state": "state_file",
     "prepare_images": "image",
+    "quantize": "quantization",
     "read_image": "image",
     "save_state": "state_file",
     "stream": "generation",
+    "take_rows": "state",
 }
 
 __all__ = [*_MODULE_OF, "__version__"]

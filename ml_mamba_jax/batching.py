@@ -1,6 +1,6 @@
 """Questions as token ids, and the images of several rows as arrays of one shape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,10 +19,44 @@ def encode_turns(tokenizer: Tokenizer, turns: str | Sequence[Turn], format: str 
     """Token ids of a question, or of a conversation that ends with one; each turn tokenised on its own, as in training.
 
     Raises:
-        ValueError: turns that do not alternate or do not end with a question.
+        InputError: turns that do not alternate or do not end with a question, or what is neither text nor turns.
     """
     ids, _ = tokenizer.encode_pieces(render_question(turns, format))
     return ids
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[Turn]], format: str = "zephyr"
+) -> list[list[int]]:
+    """`encode_turns` of each prompt. Raises InputError for what is no list of prompts, and names a prompt that is none."""
+    if isinstance(prompts, str):
+        raise InputError("prompts: got one string, expected a list of questions; pass [question]")
+    if not isinstance(prompts, Iterable):
+        raise InputError(f"prompts: got {type(prompts).__name__}, expected a list of questions or conversations")
+    rows = []
+    for i, turns in enumerate(prompts):
+        try:
+            rows.append(encode_turns(tokenizer, turns, format))
+        except InputError as error:
+            raise InputError(f"prompts[{i}]: {error}") from error
+    return rows
+
+
+def one_for_each(images, n: int) -> list:
+    """The images of `n` prompts as a list; one image may stand for a list of one. Raises InputError for another number."""
+    if images is None:
+        images = [None] * n
+    elif _is_image(images):
+        images = [images]
+    elif not isinstance(images, Iterable):
+        raise InputError(f"images: got {type(images).__name__}, expected a list with an image or None for each prompt")
+    images = list(images)
+    if not n or len(images) != n:
+        raise InputError(
+            f"got {n} prompts and {len(images)} images, expected as many of both, at least one; for many questions about "
+            "one image pass state=image_state(...)"
+        )
+    return images
 
 
 def stack_images(
@@ -40,6 +74,14 @@ def stack_images(
     rows = [None if image is None else prepare_images(_decoded(image), config) for image in images]
     pixels = {name: jnp.asarray(stacked) for name, stacked in stack_pixels(rows, config).items()}
     return pixels, jnp.asarray([row is not None for row in rows])
+
+
+def _is_image(image) -> bool:
+    from PIL import Image
+
+    if isinstance(image, np.ndarray | Array):
+        return image.ndim < 4  # a batch of pixels counts as a list of them
+    return isinstance(image, str | bytes | Path | Image.Image)
 
 
 def _decoded(image):

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from ml_mamba_jax import checkpoint
 from ml_mamba_jax.arguments import OneLineParser
-from ml_mamba_jax.compilation import compile_time, keep_compiled_programs
+from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.errors import CheckpointError, InputError, one_line_errors
-from ml_mamba_jax.generation import Chat
 from ml_mamba_jax.image import read_image
+from ml_mamba_jax.quantization import quantize
 from ml_mamba_jax.sampling import Sampling
+from ml_mamba_jax.timing import Timing
 
 HELP = """\
 /image FILE   start a new conversation about an image
@@ -38,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens: got {args.max_new_tokens}, expected at least 1")
         image = None if args.image is None else read_image(args.image)
-        keep_compiled_programs()
-        chat = _load(args.checkpoint)
+        chat = _load(args.checkpoint, args.int8)
         options = {
             "sampling": sampling,
             "max_new_tokens": args.max_new_tokens,
@@ -66,11 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", metavar="R", type=float, default=1.0, help="above 1: avoid what was said (default 1)")
     add("--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; may be repeated")
     add("--max-new-tokens", metavar="N", type=int, default=256, help="longest answer (default 256)")
+    add(
+        "--int8", action="store_true", help="language model with 8 bits a weight: less memory, roughly the same answers"
+    )
     add("--seed", metavar="S", type=int, default=0, help="of the sampling (default 0)")
     return parser
 
 
-def _load(folder: str) -> Chat:
+def _load(folder: str, int8: bool) -> Chat:
     start = time.perf_counter()
     if checkpoint.load_config(folder).language is None:
         raise CheckpointError(
@@ -79,29 +82,21 @@ def _load(folder: str) -> Chat:
     model, params, tokenizer = checkpoint.load(folder)
     if tokenizer is None:
         raise CheckpointError(f"{folder}: found no tokenizer.json, expected that of the model; copy it there")
+    if int8:
+        params = quantize(params, donate=True)
     _note(f"loaded {folder} in {time.perf_counter() - start:.1f} s")
     return Chat(model, params, tokenizer)
 
 
 def _answer(chat: Chat, question: str, image, options: dict) -> None:
     """Write the answer as it comes, then how long it took."""
-    start = time.perf_counter()
-    first = None
-    with compile_time() as compiling:
-        try:
-            for piece in chat.stream(question, image, **options):
-                first = first or time.perf_counter()
-                print(piece, end="", flush=True)
-        finally:
-            print(flush=True)
-    count, end = len(chat.answer_ids), time.perf_counter()
-    timing = f"{count} tokens in {end - start:.2f} s"
-    if first is not None and count > 1:
-        rate = (count - 1) / (end - first)
-        timing += f"; first text after {first - start:.2f} s, then {rate:.1f} tokens/s"
-    if compiling.seconds >= 0.01:
-        timing += f"; {compiling.seconds:.2f} s of it compiling"
-    _note(timing)
+    timing = Timing()
+    try:
+        for piece in chat.stream(question, image, timing=timing, **options):
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+    _note(str(timing))
 
 
 def _converse(chat: Chat, image, options: dict) -> None:
@@ -121,6 +116,8 @@ def _converse(chat: Chat, image, options: dict) -> None:
             elif command == "/reset":
                 chat.reset()
             elif command == "/image":
+                if not argument.strip():
+                    raise InputError("/image: got no file, expected /image FILE")
                 image = read_image(argument.strip())
                 chat.reset()
             elif command.startswith("/"):

@@ -27,9 +27,11 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
 from ml_mamba_jax import serialize
+from ml_mamba_jax.compilation import keep_compiled_programs
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import CheckpointError, InputError
 from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.quantization import is_quantized, quantize
 from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
 from ml_mamba_jax.tokenizer import Tokenizer
 
@@ -55,11 +57,14 @@ class Loaded(NamedTuple):
 def load(folder: str | Path, step: int | None = None) -> Loaded:
     """Model, parameters and tokenizer of a run's folder or of converted weights; `step` as in `load_params`.
 
+    From here on compiled programs are kept for the next process, as `compilation.keep_compiled_programs` says.
+
     Raises:
         CheckpointError: the folder is none of these, or damaged; names the file.
     """
     folder = Path(folder)
     model = MLMamba(load_config(folder))
+    keep_compiled_programs()
     tokenizer = Tokenizer.from_pretrained(folder) if (folder / TOKENIZER_FILE).is_file() else None
     return Loaded(model, load_params(folder, step), tokenizer)
 
@@ -84,12 +89,15 @@ def load_params(
 ) -> dict:
     """The parameters, a plain nested dict, on the default device or placed by a tree of `shardings`.
 
+    Those that `quantize` made and `save` wrote come back as they were.
+
     Args:
         step: which checkpoint; default the newest.
         without_encoders: take a converted run of ML-Mamba whose image encoders were not given; they are then left out.
 
     Raises:
-        CheckpointError: no such checkpoint, a damaged file, or parameters that are not those of the folder's config.
+        CheckpointError: no such checkpoint, a damaged file, parameters that are not those of the folder's config, or
+            shardings for quantised ones, which stay on one device.
     """
     folder = Path(folder)
     model = MLMamba(load_config(folder))
@@ -101,9 +109,19 @@ def load_params(
             )
         encoders = {name: tree for name, tree in shapes.pop("vision").items() if name not in missing}
         shapes |= {"vision": encoders} if encoders else {}
-    if shardings is None:
-        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)
-    target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+    def target(saved: dict) -> dict:
+        wanted, places = shapes, shardings
+        if is_quantized(saved):
+            if shardings is not None:
+                raise CheckpointError(
+                    f"{folder}: got quantised parameters, expected whole ones to lay over several devices"
+                )
+            wanted = jax.eval_shape(quantize, shapes)
+        if places is None:
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), wanted)
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, places)
+
     return restore(folder, newest_step(folder) if step is None else step, {PARAMS: target})[PARAMS]
 
 
@@ -182,6 +200,8 @@ def save(
 def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Read items of a checkpoint into trees like `targets` (of `jax.ShapeDtypeStruct` with shardings).
 
+    A target may be a function that makes it of the tree that was saved.
+
     Raises:
         CheckpointError: no such step, a file that differs from the manifest, or a tree, shape or dtype that is not the target's.
     """
@@ -192,7 +212,9 @@ def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str, An
             path = (step_folder / name).absolute()
             if not path.is_dir():
                 raise CheckpointError(f"{step_folder}: found no {name}, expected the checkpoint of a training run")
-            _check_like(target, checkpointer.metadata(path).item_metadata.tree, str(step_folder / name))
+            saved = checkpointer.metadata(path).item_metadata.tree
+            target = target(saved) if callable(target) else target
+            _check_like(target, saved, str(step_folder / name))
             restored[name] = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
     return restored
 

@@ -13,7 +13,7 @@ def keep_compiled_programs(folder: str | Path | None = None) -> Path:
     """Keep compiled programs in `folder`, so that the next process need not compile them again; returns the folder.
 
     Default: what `JAX_COMPILATION_CACHE_DIR` names, else ml_mamba_jax in the user's cache folder. JAX keeps what took a
-    second or more to compile. `JAX_ENABLE_COMPILATION_CACHE=false` switches it off.
+    second or more to compile. `JAX_ENABLE_COMPILATION_CACHE=false` switches it off. `load` calls this.
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(folder or jax.config.jax_compilation_cache_dir or caches / "ml_mamba_jax")

@@ -5,6 +5,7 @@ between two calls is a `Decoding`, a plain value. Texts and images are the busin
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,10 +15,10 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.errors import InputError, NonFiniteError
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.sampling import Sampling, penalize_repetition, sample
-from ml_mamba_jax.state import MambaState, check_state
+from ml_mamba_jax.sampling import Rule, Sampling, penalize_repetition, sample
+from ml_mamba_jax.state import MambaState, check_state, init_state
 from ml_mamba_jax.typing import Images, RowMask, Tokens
 
 SHORTEST_BUCKET = 32
@@ -32,6 +33,8 @@ class Decoding(NamedTuple):
     logits: Float[Array, "b v"]
     state: MambaState
     finished: Bool[Array, "b"]
+    finite: Bool[Array, "b"]
+    """No token of the row was chosen from logits with NaN or infinity among them."""
     position: Int[Array, ""]
     """Tokens written since the prompt."""
     seen: Bool[Array, "b v"] | None
@@ -50,7 +53,12 @@ def bucket(length: int, shortest: int = SHORTEST_BUCKET) -> int:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[Array, "b l"], Int[Array, "b"]]:
-    """Rows of ids -> int32 tokens, padded on the right to the length of a bucket, and the lengths of the rows."""
+    """Rows of ids -> int32 tokens, padded on the right to the length of a bucket, and the lengths of the rows.
+
+    Raises InputError for no rows.
+    """
+    if not rows:
+        raise InputError("rows: got none, expected the token ids of at least one prompt")
     tokens = np.full((len(rows), bucket(max(len(row) for row in rows))), pad_id, np.int32)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
@@ -67,54 +75,77 @@ def read(
     *,
     state: MambaState | None = None,
     seen: Bool[Array, "b v"] | None = None,
+    donate: bool = False,
 ) -> Decoding:
     """Read prompts [b l], padded on the right beyond `lengths` [b], `PIECE` tokens at a time.
 
     Args:
         state: what came before, if anything.
         seen: the tokens that came before, for a repetition penalty.
+        donate: take the memory of `state`, which is gone afterwards, instead of copying it.
 
     Raises:
-        InputError: a state of another model or another batch size.
+        InputError: a state of another model or another batch size; a row without a token and without an image, after
+            which there would be nothing to say.
     """
+    batch, length = tokens.shape
     if state is not None:
-        check_state(state, model.config.language, model.config.dtype, tokens.shape[0])
-    decoding = None
-    for start in range(0, max(tokens.shape[1], 1), PIECE):
-        piece = tokens[:, start : start + PIECE]
-        first = decoding is None
-        decoding = _read_piece(
-            model,
-            params,
-            piece,
-            jnp.clip(lengths - start, 0, piece.shape[1]),
-            images if first else None,
-            image_mask if first else None,
-            state if first else decoding.state,
-            seen if first else decoding.seen,
-            None if first else decoding.logits,
+        check_state(state, model.config.language, model.config.dtype, batch)
+    lengths = np.asarray(lengths)
+    shown = np.zeros(batch, bool) if images is None else np.ones(batch, bool) if image_mask is None else image_mask
+    if not batch or ((lengths < 1) & ~np.asarray(shown)).any():
+        raise InputError(
+            f"tokens: got rows of {lengths.tolist()} tokens, expected at least one token or an image in each"
         )
+    if length > PIECE:
+        tokens = np.asarray(tokens)  # cut here: on the device each cut would be a program
+    copied = state is None or not donate
+    decoding = _nothing_written(model, batch, state if copied else None, seen)
+    if not copied:
+        decoding = decoding._replace(state=state)
+    for start in range(0, max(length, 1), PIECE):
+        piece = tokens[:, start : start + PIECE] if length > PIECE else tokens
+        in_piece = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
+        decoding = _read_piece(model, params, piece, in_piece, images, image_mask, decoding)
+        images = image_mask = None
     return decoding
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _read_piece(model, params, tokens, lengths, images, image_mask, state, seen, logits_before) -> Decoding:
+@functools.partial(jax.jit, static_argnames=("model", "batch"))
+def _nothing_written(model: MLMamba, batch: int, state: MambaState | None, seen: Array | None) -> Decoding:
+    """What comes before a prompt, in arrays of its own: one program then reads whatever came before."""
+    language = model.config.language
+    none = jnp.zeros(batch, bool)
+    return Decoding(
+        logits=jnp.zeros((batch, language.padded_vocab_size), jnp.float32),
+        state=init_state(language, batch, model.config.dtype) if state is None else jax.tree.map(jnp.copy, state),
+        finished=none,
+        finite=~none,
+        position=jnp.zeros((), jnp.int32),
+        seen=None if seen is None else jnp.copy(seen),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="decoding")
+def _read_piece(model, params, tokens, lengths, images, image_mask, decoding: Decoding) -> Decoding:
     logits, state = model.apply(
         {"params": params},
         tokens,
         images=images,
         image_mask=image_mask,
         lengths=lengths,
-        state=state,
+        state=decoding.state,
         method="prefill",
     )
-    if logits_before is not None:  # rows that ended in an earlier piece have theirs from there
-        logits = jnp.where((lengths > 0)[:, None], logits, logits_before)
-    batch, length = tokens.shape
+    seen, (batch, length) = decoding.seen, tokens.shape
+    shown = lengths > 0
+    if images is not None:
+        shown = jnp.ones(batch, bool) if image_mask is None else shown | image_mask
+    logits = jnp.where(shown[:, None], logits, decoding.logits)  # of rows that ended in an earlier piece
     if seen is not None:
         real = jnp.arange(length)[None] < lengths[:, None]
         seen = seen.at[jnp.arange(batch)[:, None], tokens].max(real)
-    return Decoding(logits, state, jnp.zeros(batch, bool), jnp.zeros((), jnp.int32), seen)
+    return decoding._replace(logits=logits, state=state, seen=seen)
 
 
 def advance(
@@ -123,26 +154,27 @@ def advance(
     decoding: Decoding,
     key: Array,
     *,
-    sampling: Sampling,
+    rule: Rule,
     stop_ids: tuple[int, ...],
     vocab_size: int,
 ) -> tuple[Int[Array, "b"], Decoding]:
     """Choose the next token of each row and read it. A row that chooses a stop id is finished and keeps its state."""
     # The rows of the embedding beyond the vocabulary belong to no token.
     logits, seen = decoding.logits[:, :vocab_size], decoding.seen
+    finite = decoding.finite & (decoding.finished | jnp.isfinite(logits).all(axis=-1))
     if seen is not None:
-        logits = penalize_repetition(logits, seen[:, :vocab_size], sampling.repetition_penalty)
-    token = sample(jax.random.fold_in(key, decoding.position), logits, sampling)
+        logits = penalize_repetition(logits, seen[:, :vocab_size], rule.repetition_penalty)
+    token = sample(jax.random.fold_in(key, decoding.position), logits, rule)
     finished = decoding.finished
     for stop_id in stop_ids:
         finished = finished | (token == stop_id)
     logits, state = model.apply({"params": params}, token, decoding.state, ~finished, method="step")
     if seen is not None:
         seen = seen.at[jnp.arange(token.size), token].max(~finished)
-    return token, Decoding(logits, state, finished, decoding.position + 1, seen)
+    return token, Decoding(logits, state, finished, finite, decoding.position + 1, seen)
 
 
-def _write(
+def write(
     model: MLMamba,
     params: dict,
     decoding: Decoding,
@@ -153,11 +185,28 @@ def _write(
     sampling: Sampling,
     stop_ids: tuple[int, ...],
     vocab_size: int,
+    donate: bool = False,
 ) -> tuple[Int[Array, "b capacity"], Int[Array, "b"], Decoding]:
     """Write up to `limit` tokens, at most `capacity`, in one loop on the device; rows that finish wait for the others.
 
-    Returns the new tokens, int32 and 0 beyond the end of a row; their numbers; and what follows them.
+    `capacity`, `stop_ids`, `vocab_size` and the kinds of `sampling` that are used make a program; numbers do not.
+
+    Args:
+        donate: take the memory of `decoding`, which is gone afterwards.
+
+    Returns:
+        The new tokens, int32 and 0 beyond the end of a row; their numbers; and what follows them.
     """
+    loop = _write_in_place if donate else _write
+    options = {"capacity": capacity, "stop_ids": stop_ids, "vocab_size": vocab_size}
+    return loop(model, params, decoding, key, limit, sampling.rule(), **options)
+
+
+write_in_place = functools.partial(write, donate=True)
+"""`write` that takes the memory of `decoding`."""
+
+
+def _loop(model, params, decoding, key, limit, rule: Rule, *, capacity, stop_ids, vocab_size):
     start = decoding.position
 
     def unfinished(carry):
@@ -166,9 +215,7 @@ def _write(
 
     def write_one(carry):
         decoding, written, count = carry
-        token, following = advance(
-            model, params, decoding, key, sampling=sampling, stop_ids=stop_ids, vocab_size=vocab_size
-        )
+        token, following = advance(model, params, decoding, key, rule=rule, stop_ids=stop_ids, vocab_size=vocab_size)
         token = jnp.where(following.finished, 0, token)
         written = lax.dynamic_update_index_in_dim(written, token, decoding.position - start, axis=1)
         return following, written, count + ~following.finished
@@ -179,10 +226,9 @@ def _write(
     return written, count, decoding
 
 
-_STATIC = ("model", "capacity", "sampling", "stop_ids", "vocab_size")
-write = jax.jit(_write, static_argnames=_STATIC)
-write_in_place = jax.jit(_write, static_argnames=_STATIC, donate_argnames="decoding")
-"""`write` that takes the memory of `decoding`, which is gone afterwards."""
+_STATIC = ("model", "capacity", "stop_ids", "vocab_size")
+_write = jax.jit(_loop, static_argnames=_STATIC)
+_write_in_place = jax.jit(_loop, static_argnames=_STATIC, donate_argnames="decoding")
 
 
 def generate_tokens(
@@ -213,8 +259,9 @@ def generate_tokens(
 
     Raises:
         InputError: a state of another model or another batch size, or `max_new_tokens` below 1.
+        NonFiniteError: the model computed NaN or infinity.
     """
-    check_max_new_tokens(max_new_tokens)
+    max_new_tokens = checked_max_new_tokens(max_new_tokens)
     seen = nothing_seen(model, tokens.shape[0], sampling)
     decoding = read(model, params, tokens, lengths, images, image_mask, state=state, seen=seen)
     written, count, decoding = write_in_place(
@@ -228,12 +275,32 @@ def generate_tokens(
         stop_ids=stop_ids,
         vocab_size=vocab_size or model.config.language.vocab_size,
     )
+    check_finite("generate_tokens", decoding.state, decoding.finite)
     return written[:, :max_new_tokens], count, decoding.state
 
 
-def check_max_new_tokens(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens: got {max_new_tokens}, expected at least 1")
+def check_finite(what: str, state: MambaState, finite: Bool[Array, "b"] | None = None) -> None:
+    """Raise NonFiniteError, in the name of the function `what`, for a state with NaN or infinity in it.
+
+    One that arises before the last scan reaches the state and stays there; `Decoding.finite` tells of others.
+    """
+    if not _all_finite(state, finite):
+        raise NonFiniteError(
+            f"{what}: got NaN or infinity inside the model, expected finite numbers; "
+            "check the parameters, or compute in float32"
+        )
+
+
+@jax.jit
+def _all_finite(state: MambaState, finite: Array | None) -> Array:
+    return jnp.isfinite(state.ssm).all() & (True if finite is None else finite.all())
+
+
+def checked_max_new_tokens(max_new_tokens: int) -> int:
+    """Raises InputError for what is no whole number of at least 1."""
+    if not hasattr(max_new_tokens, "__index__") or operator.index(max_new_tokens) < 1:
+        raise InputError(f"max_new_tokens: got {max_new_tokens!r}, expected a whole number of at least 1")
+    return operator.index(max_new_tokens)
 
 
 def nothing_seen(model: MLMamba, batch_size: int, sampling: Sampling) -> Bool[Array, "b v"] | None:

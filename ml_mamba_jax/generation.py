@@ -1,27 +1,36 @@
-"""Text from a model about images and without: whole batches, piece by piece, in conversations, or as probabilities.
+"""Text from a model about images and without: whole batches, piece by piece, or as probabilities.
 
-`generate` answers a batch, `stream` yields one answer as it is written, `Chat` keeps the recurrent state from turn to
-turn, `answer_probabilities` weighs given answers. All of them stand on `decoding`, which knows only token ids.
+`generate` answers a batch, `stream` yields one answer as it is written, `answer_probabilities` weighs given answers;
+`conversation.Chat` keeps the recurrent state from turn to turn. All of them stand on `decoding`, which knows only token ids.
 """
 
-import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ml_mamba_jax.batching import encode_turns, stack_images
-from ml_mamba_jax.config import MLMambaConfig
-from ml_mamba_jax.decoding import Decoding, check_max_new_tokens, generate_tokens, nothing_seen, pad_rows, read, write
+from ml_mamba_jax.answer import Answer, checked_vocab_size, random_key, writing_options
+from ml_mamba_jax.batching import encode_prompts, encode_turns, one_for_each, stack_images
+from ml_mamba_jax.decoding import (
+    SHORTEST_BUCKET,
+    bucket,
+    check_finite,
+    checked_max_new_tokens,
+    nothing_seen,
+    pad_rows,
+    read,
+    write_in_place,
+)
 from ml_mamba_jax.errors import InputError, NonFiniteError
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.prompt import Turn, render
+from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.sampling import Sampling
-from ml_mamba_jax.state import MambaState, fork
-from ml_mamba_jax.text_stream import TextStream, text_of
+from ml_mamba_jax.state import MambaState, check_is_state, fork
+from ml_mamba_jax.text_stream import TextStream
+from ml_mamba_jax.timing import Timing
 from ml_mamba_jax.tokenizer import Tokenizer
 
 
@@ -41,7 +50,7 @@ def image_state(model: MLMamba, params: dict, image) -> MambaState:
     if pixels is None:
         raise InputError("image: got None, expected a file name, PIL.Image or uint8 pixels [y x 3]")
     state = _state_after_images(model, params, pixels)
-    _check_finite(state)
+    check_finite("image_state", state)
     return state
 
 
@@ -57,50 +66,74 @@ def generate(
     params: dict,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[Turn]],
-    images: Sequence | None = None,
+    images=None,
     *,
     state: MambaState | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
+    stop_strings: Sequence[str] | None = (),
+    timing: Timing | None = None,
 ) -> list[str]:
     """Answer a batch of questions or conversations, each with an image or without.
 
     Args:
         prompts: a question, or the turns of a conversation that ends with a human turn; the marks of the config's prompt
             format are added here.
-        images: for each prompt a file name, a `PIL.Image`, uint8 pixels [y x 3], or None.
+        images: for each prompt a file name, a `PIL.Image`, uint8 pixels [y x 3], or None. For one prompt it may stand alone.
         state: what comes before the prompts, such as `image_state`: of one row for all of them, or one row for each.
         stop_ids: tokens that end an answer. Default: the end of a turn in the prompt format.
-        stop_strings: texts that end an answer and are no part of it.
+        stop_strings: texts that end an answer and are no part of it. Looked for every 32 tokens.
+        timing: is filled in with the time to the first token, of compiling, and of all.
 
     Returns:
         The answers in the order of the prompts, without white space around them.
 
     Raises:
         InputError: no prompts, an image that cannot be read or that the model cannot see, a tokenizer or a state of
-            another model.
+            another model, options that cannot be used.
         NonFiniteError: the model computed NaN or infinity.
     """
+    timing = Timing() if timing is None else timing
+    options = writing_options(tokenizer, model.config, sampling, stop_ids)
+    left = checked_max_new_tokens(max_new_tokens)
     rows, images, state = _batch(model, tokenizer, prompts, images, state)
-    TextStream(tokenizer, stop_strings)  # refuses what it cannot look for before the work begins
-    written, counts, state = generate_tokens(
-        model,
-        params,
-        *pad_rows(rows, tokenizer.eos_id),
-        *images,
-        jax.random.key(seed),
-        state=state,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_ids=_stop_ids(stop_ids, tokenizer, model.config),
-        vocab_size=_vocab_size(tokenizer, model.config),
-    )
-    _check_finite(state)
-    written, counts = np.asarray(written), np.asarray(counts)
-    return [text_of(row[:count].tolist(), tokenizer, stop_strings) for row, count in zip(written, counts, strict=True)]
+    pieces = [TextStream(tokenizer, stop_strings) for _ in rows]
+    key = random_key(seed)
+    # Only the host knows stop strings, so it looks at every block of tokens for them.
+    block = SHORTEST_BUCKET if pieces[0].looks_for_stops else bucket(left)
+    texts = ["" for _ in rows]
+    with timing.running(len(rows)):
+        seen = nothing_seen(model, len(rows), sampling)
+        decoding = read(
+            model,
+            params,
+            *pad_rows(rows, tokenizer.eos_id),
+            *stack_images(images, model.config),
+            state=state,
+            seen=seen,
+        )
+        jax.block_until_ready(decoding.logits)
+        timing.came(0)
+        while left > 0:
+            written, counts, decoding = write_in_place(
+                model, params, decoding, key, min(left, block), capacity=block, **options
+            )
+            left -= block
+            finished, written, counts = map(np.array, (decoding.finished, written, counts))
+            timing.came(int(counts.sum()))
+            for i, tokens in enumerate(written):
+                for token in tokens[: counts[i]].tolist():
+                    texts[i] += pieces[i].push(token)
+                    if pieces[i].stopped:
+                        finished[i] = True
+                        break
+            if finished.all():
+                break
+            decoding = decoding._replace(finished=jnp.asarray(finished))
+        check_finite("generate", decoding.state, decoding.finite)
+    return [text + stream.flush() for text, stream in zip(texts, pieces, strict=True)]
 
 
 def answer_probabilities(
@@ -108,9 +141,9 @@ def answer_probabilities(
     params: dict,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[Turn]],
-    images: Sequence | None = None,
+    images=None,
     *,
-    answers: Sequence[str],
+    answers: Iterable[str],
     state: MambaState | None = None,
 ) -> Float[np.ndarray, "prompts answers"]:
     """How probable each of `answers` is as the beginning of the answer; the rows add up to 1.
@@ -121,9 +154,12 @@ def answer_probabilities(
     Raises:
         InputError: as `generate`, and answers that are empty or begin with the same token.
     """
-    first = [tokenizer.encode(answer)[:1] for answer in answers]
-    if isinstance(answers, str) or len(answers) < 2 or not all(first):
-        raise InputError(f"answers: got {answers!r}, expected a list of at least two texts, none of them empty")
+    checked_vocab_size(tokenizer, model.config)
+    texts = [] if isinstance(answers, str) or not isinstance(answers, Iterable) else list(answers)
+    if len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+        got = answers if isinstance(answers, str) else texts or answers
+        raise InputError(f"answers: got {got!r}, expected a list of at least two texts, none of them empty")
+    answers, first = texts, [tokenizer.encode(text)[0] for text in texts]
     for i, token in enumerate(first):
         if token in first[:i]:
             same = answers[first.index(token)]
@@ -131,27 +167,26 @@ def answer_probabilities(
                 f"answers: got {same!r} and {answers[i]!r}, which begin with the same token; expected different ones"
             )
     rows, images, state = _batch(model, tokenizer, prompts, images, state)
-    _vocab_size(tokenizer, model.config)
-    decoding = read(model, params, *pad_rows(rows, tokenizer.eos_id), *images, state=state)
-    _check_finite(decoding.state)
-    probabilities = np.asarray(jax.nn.softmax(decoding.logits[:, np.concatenate(first)], axis=-1))
+    tokens = pad_rows(rows, tokenizer.eos_id)
+    decoding = read(model, params, *tokens, *stack_images(images, model.config), state=state)
+    check_finite("answer_probabilities", decoding.state)
+    logits = np.asarray(decoding.logits)[:, first]
+    likely = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities = likely / likely.sum(axis=-1, keepdims=True)
     if not np.isfinite(probabilities).all():
         raise NonFiniteError("answer_probabilities: got NaN or infinity among the logits; check the parameters")
     return probabilities
 
 
 def _batch(model, tokenizer, prompts, images, state):
-    """(token ids of the prompts, pixels and mask, a row of state for each prompt or None)"""
-    if isinstance(prompts, str):
-        raise InputError("prompts: got one string, expected a list of questions; pass [question]")
-    prompts = list(prompts)
-    images = [None] * len(prompts) if images is None else list(images)
-    if not prompts or len(images) != len(prompts):
-        raise InputError(f"got {len(prompts)} prompts and {len(images)} images, expected as many of both, at least one")
-    rows = [encode_turns(tokenizer, turns, model.config.prompt_format) for turns in prompts]
-    if state is not None and state.batch_size == 1:
-        state = fork(state, len(prompts))
-    return rows, stack_images(images, model.config), state
+    """(token ids of the prompts, an image or None for each, a row of state for each or None)"""
+    rows = encode_prompts(tokenizer, prompts, model.config.prompt_format)
+    images = one_for_each(images, len(rows))
+    if state is not None:
+        check_is_state(state)
+        if state.batch_size == 1:
+            state = fork(state, len(rows))
+    return rows, images, state
 
 
 def stream(
@@ -166,218 +201,25 @@ def stream(
     sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
-    stop_strings: Sequence[str] = (),
+    stop_strings: Sequence[str] | None = (),
+    timing: Timing | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt piece by piece, in whole characters. Joined it is what `generate` returns."""
-    answer = Answer(
-        model,
-        params,
-        tokenizer,
-        encode_turns(tokenizer, question, model.config.prompt_format),
-        image,
-        state=state,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        stop_ids=stop_ids,
-        stop_strings=stop_strings,
-    )
-    yield from answer
-
-
-class Answer:
-    """One answer while it is written: iterate for its text. `ids` and `text` are what was handed out so far.
-
-    The device writes the first token alone, then `BLOCK` at a time, which are handed out one by one. Who stops in
-    between gets the state after the last one that was handed out.
-    """
-
-    BLOCK = 8
-
-    def __init__(
-        self,
-        model: MLMamba,
-        params: dict,
-        tokenizer: Tokenizer,
-        ids: Sequence[int],
-        image=None,
-        *,
-        state: MambaState | None = None,
-        before: Sequence[int] = (),
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        stop_ids: Sequence[int] | None,
-        stop_strings: Sequence[str] = (),
-    ):
-        """Reads the prompt `ids`.
-
-        The arguments are those of `generate`, for one row. `before`: the tokens that `state` has read, which a
-        repetition penalty counts.
-        """
-        check_max_new_tokens(max_new_tokens)
-        self.ids: list[int] = []
-        self.text = ""
-        self._max_new_tokens = max_new_tokens
-        self._pieces = TextStream(tokenizer, stop_strings)
-        self._write = functools.partial(
-            write,
+    timing = Timing() if timing is None else timing
+    checked_vocab_size(tokenizer, model.config)
+    ids = encode_turns(tokenizer, question, model.config.prompt_format)
+    with timing.running():
+        yield from Answer(
             model,
             params,
-            key=jax.random.key(seed),
-            capacity=self.BLOCK,
-            sampling=sampling,
-            stop_ids=_stop_ids(stop_ids, tokenizer, model.config),
-            vocab_size=_vocab_size(tokenizer, model.config),
-        )
-        seen = nothing_seen(model, 1, sampling)
-        if seen is not None:
-            already = np.zeros(seen.shape, bool)  # by NumPy: another number of tokens compiles nothing
-            already[0, list(before)] = True
-            seen = jnp.asarray(already)
-        rows, pixels = pad_rows([ids], tokenizer.eos_id), stack_images([image], model.config)
-        self._decoding: Decoding = read(model, params, *rows, *pixels, state=state, seen=seen)
-
-    @property
-    def state(self) -> MambaState:
-        """Once the iteration has ended or was closed: the state after the last token that was handed out."""
-        return self._decoding.state
-
-    def __iter__(self) -> Iterator[str]:
-        wanted = 1
-        while len(self.ids) < self._max_new_tokens:
-            wanted = min(wanted, self._max_new_tokens - len(self.ids))
-            before, start = self._decoding, len(self.ids)
-            tokens, count, after = self._write(before, limit=wanted)
-            tokens, count = np.asarray(tokens)[0], int(count[0])  # here an interrupt leaves everything as it was
-            try:
-                for token in tokens[:count].tolist():
-                    self.ids.append(token)
-                    yield from self._shown(self._pieces.push(token))
-                    if self._pieces.stopped:
-                        break
-            finally:
-                used = len(self.ids) - start
-                self._decoding = after if used == count else self._write(before, limit=used)[-1]
-            if count < wanted or self._pieces.stopped:
-                break
-            wanted = self.BLOCK
-        _check_finite(self.state)
-        yield from self._shown(self._pieces.flush())
-
-    def _shown(self, piece: str) -> Iterator[str]:
-        if piece:
-            self.text += piece
-            yield piece
-
-
-class Chat:
-    """A conversation in several turns, about images or about nothing in particular.
-
-        chat = Chat(model, params, tokenizer)
-        chat.ask("What is in the picture?", "cat.png")
-        chat.ask("What colour is it?")
-        chat.ask("And what is in this one?", "dog.png")
-
-    Only the new turn is read each time: what came before is in the recurrent state, whose size never grows. The answers
-    are those of the whole conversation read afresh.
-    """
-
-    def __init__(self, model: MLMamba, params: dict, tokenizer: Tokenizer):
-        _vocab_size(tokenizer, model.config)
-        self._end_id = tokenizer.end_id(model.config.prompt_format)
-        self._model, self._params, self._tokenizer = model, params, tokenizer
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything: the next question starts a conversation."""
-        self.turns: list[Turn] = []
-        self.answer_ids: list[int] = []
-        """Tokens of the last answer."""
-        self.ids: list[int] = []
-        """All tokens of the conversation so far."""
-        self.state: MambaState | None = None
-        """After the last token of the last answer; None before the first question."""
-
-    def fork(self) -> "Chat":
-        """Another conversation that goes on from here; what is said in one does not reach the other."""
-        other = copy.copy(self)
-        other.turns, other.ids, other.answer_ids = list(self.turns), list(self.ids), list(self.answer_ids)
-        return other
-
-    def ask(self, text: str, image=None, **options) -> str:
-        """The answer to `text`. The arguments are those of `stream`."""
-        return "".join(self.stream(text, image, **options))
-
-    def stream(
-        self,
-        text: str,
-        image=None,
-        *,
-        max_new_tokens: int = 128,
-        sampling: Sampling = Sampling(),  # noqa: B008, it is frozen
-        seed: int = 0,
-        stop_ids: Sequence[int] | None = None,
-        stop_strings: Sequence[str] = (),
-    ) -> Iterator[str]:
-        """Yield the answer piece by piece. One that is abandoned half-way stays in the conversation as far as it got.
-
-        A stop string is no part of the answer, but the conversation has read it.
-
-        Args:
-            image: file name, `PIL.Image` or uint8 pixels [y x 3]; its visual tokens stand before the question.
-
-        Raises:
-            InputError: an image that cannot be read or that the model cannot see. NonFiniteError: NaN or infinity.
-        """
-        turns = [*self.turns, Turn("human", text)]
-        ids, state = self._tokenizer.encode(render(turns, self._model.config.prompt_format)[-1].text), self.state
-        end = [self._end_id] if self.turns else []  # of the answer before: at best it was chosen, but never read
-        if image is not None and end:
-            state = read(self._model, self._params, *pad_rows([end], self._end_id), state=state).state
-            before = [*self.ids, *end]
-        else:
-            ids, before = [*end, *ids], self.ids
-        answer = Answer(
-            self._model,
-            self._params,
-            self._tokenizer,
+            tokenizer,
             ids,
             image,
             state=state,
-            before=before,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
             stop_ids=stop_ids,
             stop_strings=stop_strings,
-        )
-        try:
-            yield from answer
-        finally:
-            self.turns = [*turns, Turn("gpt", answer.text)]
-            self.ids = [*before, *ids, *answer.ids]
-            self.answer_ids, self.state = answer.ids, answer.state
-
-
-def _stop_ids(stop_ids: Sequence[int] | None, tokenizer: Tokenizer, config: MLMambaConfig) -> tuple[int, ...]:
-    return (tokenizer.end_id(config.prompt_format),) if stop_ids is None else tuple(int(i) for i in stop_ids)
-
-
-def _vocab_size(tokenizer: Tokenizer, config: MLMambaConfig) -> int:
-    """Ids that can be chosen: those of the tokenizer, all of which the model must know."""
-    if tokenizer.vocab_size > config.language.vocab_size:
-        raise InputError(
-            f"tokenizer: got {tokenizer.vocab_size} entries, expected at most the {config.language.vocab_size} "
-            "of the model; use the tokenizer it was trained with"
-        )
-    return tokenizer.vocab_size
-
-
-def _check_finite(state: MambaState) -> None:
-    """A NaN or infinity anywhere in the model reaches the state and stays there."""
-    if not jnp.isfinite(state.ssm).all():
-        raise NonFiniteError(
-            "generate: got NaN or infinity inside the model, expected finite numbers; "
-            "check the parameters, or compute in float32"
+            timing=timing,
         )

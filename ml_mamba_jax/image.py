@@ -71,6 +71,8 @@ def upright_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "La":  # Pillow goes no other way from here
+        image = image.convert("LA")
     image.info.pop("transparency", None)  # Pillow would warn that RGB cannot hold it
     return image.convert("RGB")
 
@@ -81,9 +83,15 @@ def prepare_images(image, config: MLMambaConfig, name: str = "image") -> dict[st
     The model normalises them on the device. Encoders that see the same pixels share one array.
 
     Raises:
-        InputError: `resize-crop` or `letterbox` of an image so thin that it would take very much memory; calls it `name`.
+        InputError: an image without pixels, or whose file is closed or damaged; `resize-crop` or `letterbox` of one so thin
+            that it would take very much memory. Calls it `name`.
     """
-    image = upright_rgb(image)
+    if not (image.width and image.height):
+        raise InputError(f"{name}: got {image.width} x {image.height} pixels, expected at least one")
+    try:
+        image = upright_rgb(image)
+    except Exception as error:  # what a file is only found to hold when it is looked at, as in `read_image`
+        raise InputError(f"{name}: cannot decode the image ({error}); expected a whole, open one") from error
     prepared: dict[tuple, np.ndarray] = {}
     pixels = {}
     for encoder in config.vision:

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ml_mamba_jax import quantization
+
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear layers."""
 
@@ -34,13 +36,18 @@ def dense(
     use_bias: bool = True,
     kernel_init: nn.initializers.Initializer = uniform_fan_in,
 ) -> nn.Dense:
-    """A linear layer whose kernel [in out] has logical `axes`; the bias takes the last of them and starts at zero."""
+    """A linear layer whose kernel [in out] has logical `axes`; the bias takes the last of them and starts at zero.
+
+    The kernel among the parameters may be a `quantization.Quantized`.
+    """
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=with_axes(kernel_init, *axes),
         bias_init=with_axes(nn.initializers.zeros, axes[-1]),
+        dot_general=quantization.dot_general,
+        promote_dtype=quantization.cast,
         name=name,
     )
 

@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 import pallas_kernels as pk
+from ml_mamba_jax import quantization
 from ml_mamba_jax.config import Mamba2Config, MixerConfig
 from ml_mamba_jax.layers import dense, rms_norm, stack_layers, uniform_fan_in, with_axes
 from ml_mamba_jax.state import MambaState
@@ -162,7 +163,8 @@ class Mamba2(nn.Module):
         rows, width = config.padded_vocab_size, config.mixer.d_model
         embedding_init = with_axes(nn.initializers.normal(config.embedding_std), "vocab", "embed")
         self.embedding = self.param("embedding", embedding_init, (rows, width))
-        if not config.tie_embeddings:
+        # A table that is tied has a head besides where `quantize` gave it one.
+        if not config.tie_embeddings or self.has_variable("params", "head"):
             self.head = self.param("head", with_axes(uniform_fan_in, "embed", "vocab"), (width, rows))
         blocks = stack_layers(Mamba2Block, config.n_layers, remat=self.remat, in_axes=(0, nn.broadcast))
         self.blocks = blocks(config, self.dtype)
@@ -184,8 +186,10 @@ class Mamba2(nn.Module):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """float32 logits over the padded vocabulary."""
-        table = self.embedding.T if self.config.tie_embeddings else self.head
-        return jnp.matmul(hidden, table.astype(self.dtype), preferred_element_type=jnp.float32)
+        head = getattr(self, "head", None)
+        (head,) = quantization.cast(self.embedding.T if head is None else head, dtype=self.dtype)
+        contracted = ((hidden.ndim - 1,), (0,)), ((), ())
+        return quantization.dot_general(hidden, head, contracted, preferred_element_type=jnp.float32)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

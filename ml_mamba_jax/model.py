@@ -171,7 +171,7 @@ class MLMamba(nn.Module):
             batch, n_visual = visual.shape[:2]
             if segment_ids is None:
                 segment_ids = jnp.zeros(tokens.shape, jnp.int32)
-            seen = segment_ids[:, :1]  # an image belongs to the first sequence of its row
+            seen = jnp.maximum(segment_ids[:, :1], 0)  # the first sequence of its row, which may be the image alone
             if image_mask is not None:
                 seen = jnp.where(image_mask[:, None], seen, -1)
             segment_ids = jnp.concatenate([jnp.broadcast_to(seen, (batch, n_visual)), segment_ids], axis=1)

@@ -11,6 +11,7 @@ construction and never recovered by searching. `<image>` marks in a question are
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.names import unknown
 
 END_OF_TEXT = "<|endoftext|>"
@@ -68,16 +69,21 @@ def render(turns: Sequence[Turn], format: str = "zephyr") -> list[Piece]:
     """The pieces of a conversation that alternates human and gpt, human first.
 
     Raises:
-        ValueError: no turns, turns that do not alternate, or an unknown format.
+        InputError: no turns, turns that do not alternate or are none, or an unknown format.
     """
     question, separator, end = prompt_format(format)
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise InputError(f"conversation: got {type(turns).__name__}, expected a list of turns")
     if not turns:
-        raise ValueError("conversation: got no turns, expected a human turn first")
+        raise InputError("conversation: got no turns, expected a human turn first")
     pieces = []
-    for i, (role, text) in enumerate(turns):
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, tuple | list) or len(turn) != 2 or not isinstance(turn[1], str):
+            raise InputError(f"turn {i}: got {turn!r}, expected Turn(role, text); a question alone is passed as a str")
+        role, text = turn
         expected = ("human", "gpt")[i % 2]
         if role != expected:
-            raise ValueError(
+            raise InputError(
                 f"turn {i}: got role {role!r}, expected {expected!r} (human and gpt alternate, human first)"
             )
         text = without_mark(text)
@@ -92,11 +98,11 @@ def render_question(turns: str | Sequence[Turn], format: str = "zephyr") -> list
     """The pieces of a question, or of a conversation that ends with one, for the model to answer.
 
     Raises:
-        ValueError: as `render`, or a conversation that does not end with a human turn.
+        InputError: as `render`, or a conversation that does not end with a human turn.
     """
     pieces = render([Turn("human", turns)] if isinstance(turns, str) else turns, format)
     if pieces[-1].is_target:
-        raise ValueError("conversation: got a gpt turn last, expected a human turn for the model to answer")
+        raise InputError("conversation: got a gpt turn last, expected a human turn for the model to answer")
     return pieces
 
 

@@ -1,5 +1,6 @@
 """Text to token ids and back: a byte-level BPE, as GPT-NeoX's, in a `tokenizer.json`."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -96,7 +97,19 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()
 
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of marks, which `decode` leaves out."""
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
     def encode(self, text: str) -> list[int]:
+        """Raises InputError for text that UTF-8 cannot write: half of a surrogate pair."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text: got {text[error.start]!r} at character {error.start}, half of a pair, expected whole characters"
+            ) from error
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:

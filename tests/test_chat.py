@@ -11,6 +11,7 @@ from PIL import Image
 from ml_mamba_jax import chat, checkpoint
 from ml_mamba_jax.generation import generate
 from ml_mamba_jax.prompt import Turn
+from ml_mamba_jax.quantization import is_quantized, quantize
 from ml_mamba_jax.sampling import Sampling
 from ml_mamba_jax.tokenizer import Tokenizer
 from tests.test_generate import printable_params
@@ -57,6 +58,16 @@ def test_sampling_options_are_used(folder, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == answer != expected("what is this?", None)
 
 
+def test_int8_answers_with_quantised_parameters(folder, capsys, monkeypatch):
+    used, stream = [], chat.Chat.stream
+    monkeypatch.setattr(chat.Chat, "stream", lambda self, *a, **o: used.append(self._params) or stream(self, *a, **o))
+    chat.main([str(folder), "--prompt", "what is this?", "--int8", *FEW])
+    assert is_quantized(used[0])
+    options = {"max_new_tokens": 6}
+    answer = generate(MODEL, quantize(printable_params()), TOKENIZER, ["what is this?"], **options)[0]
+    assert capsys.readouterr().out == f"{answer}\n" and len(answer) == 6
+
+
 def test_a_conversation(folder, capsys, monkeypatch):
     first, second = folder / "0.png", folder / "1.png"
     lines = ["what is this?", "", "why so?", "/reset", "why so?", "/image nowhere.png", "/image", "/imag x", "/help"]
@@ -76,6 +87,7 @@ def test_a_conversation(folder, capsys, monkeypatch):
     turns = [Turn("human", "what is this?"), Turn("gpt", answer), Turn("human", "why so?")]
     answers = [answer, expected(turns, first), expected("why so?", first), expected("why so?", second)]
     assert out.split() == answers and len(set(answers)) == 4
+    assert "error: /image: got no file, expected /image FILE" in err
     assert "error: nowhere.png: found no such image file" in err
     assert "error: /imag: no such command, expected /image, /reset, /help or /quit" in err
     assert err.count("error: ") == 3 and "start a new conversation about an image" in err

@@ -7,7 +7,9 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from ml_mamba_jax import checkpoint
 from ml_mamba_jax.compilation import compile_time
+from ml_mamba_jax.config import MLMambaConfig
 
 PROGRAM = """
 import jax, jax.numpy as jnp
@@ -34,6 +36,21 @@ def test_the_next_process_finds_what_this_one_compiled(tmp_path):
     assert folder == str(tmp_path / "ml_mamba_jax") and hits > 0 and any((tmp_path / "ml_mamba_jax").iterdir())
     named = str(tmp_path / "named")
     assert run(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=named) == (named, 0)
+
+
+def test_a_model_that_is_loaded_keeps_its_programs(tmp_path, monkeypatch):
+    tiny = MLMambaConfig.named("tiny")
+    checkpoint.write_model(tmp_path, tiny, None)
+    monkeypatch.setattr(checkpoint, "load_params", lambda *_: {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for already, expected in ((None, str(tmp_path / "cache" / "ml_mamba_jax")), ("mine", "mine")):
+            jax.config.update("jax_compilation_cache_dir", already)
+            checkpoint.load(tmp_path)
+            assert jax.config.jax_compilation_cache_dir == expected
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_only_compiling_is_counted():

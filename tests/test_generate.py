@@ -1,20 +1,24 @@
 """Generation against repeated full forward passes; batches against single rows; streams and chats against one shot."""
 
 import functools
+import logging
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ml_mamba_jax import batching, decoding
+from ml_mamba_jax import answer, batching, decoding, generation
+from ml_mamba_jax.answer import Answer
 from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.decoding import bucket, generate_tokens, pad_rows
 from ml_mamba_jax.errors import InputError, NonFiniteError
-from ml_mamba_jax.generation import Answer, Chat, answer_probabilities, generate, image_state, stream
+from ml_mamba_jax.generation import answer_probabilities, generate, image_state, stream
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.sampling import Sampling
@@ -180,9 +184,69 @@ def test_seeds_repeat_and_differ():
 
 def test_another_prompt_length_compiles_nothing():
     written(["hi"] * 3)
-    compiled = [function._cache_size() for function in (decoding._read_piece, decoding.write_in_place)]
+    compiled = [function._cache_size() for function in (decoding._read_piece, decoding._write_in_place)]
     written(["hi there", "what?", "no"])
-    assert [function._cache_size() for function in (decoding._read_piece, decoding.write_in_place)] == compiled
+    assert [function._cache_size() for function in (decoding._read_piece, decoding._write_in_place)] == compiled
+
+
+@contextmanager
+def compiled():
+    """Names of the programs that are compiled inside the block."""
+    names, logger = [], logging.getLogger("jax._src.dispatch")
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            if (message := record.getMessage()).startswith("Finished XLA compilation of "):
+                names.append(message.split()[4])
+
+    handler, propagate = Handler(), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def test_other_numbers_compile_nothing():
+    def ask(question="hi", n=5, seed=0, **options):
+        generate(MODEL, weights(), TOKENIZER, [question], max_new_tokens=n, sampling=Sampling(**options), seed=seed)
+
+    kinds = [
+        ({}, {"min_p": 0.3}),  # greedy
+        ({"temperature": 0.7}, {"temperature": 0.8, "min_p": 0.1}),
+        ({"temperature": 0.7, "top_k": 3}, {"temperature": 0.9, "top_k": 60, "top_p": 0.8}),
+        ({"temperature": 1.0, "top_p": 0.5}, {"temperature": 2.0, "top_p": 0.9, "min_p": 0.1}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.3}),
+    ]
+    for one, other in kinds:
+        with compiled() as first:
+            ask(**one)
+        assert [name for name in first if "loop" in name] or one == {}  # each kind is a program
+        with compiled() as names:
+            ask("hi you", n=7, seed=3, **other)
+        assert names == [], other
+
+
+def test_later_turns_and_longer_prompts_compile_nothing(monkeypatch):
+    monkeypatch.setattr(decoding, "PIECE", 64)
+    for image in (None, IMAGES[0]):
+        chat = Chat(MODEL, weights(), TOKENIZER)
+        for turn in range(4):
+            with compiled() as names:
+                chat.ask("a cat" + "?" * turn, image, max_new_tokens=5)
+            # Only the second turn has a state to copy.
+            assert turn == 0 or [name for name in names if "_nothing_written" not in name] == [], (turn, names)
+            assert turn < 2 or names == []
+    prompt = "a b c d " * 20
+    ids = len(batching.encode_turns(TOKENIZER, prompt))
+    assert ids > 64
+    generate(MODEL, weights(), TOKENIZER, [prompt], max_new_tokens=5)
+    with compiled() as names:
+        generate(MODEL, weights(), TOKENIZER, [prompt + " a b c d" * 16], max_new_tokens=5)
+    assert [name for name in names if "read_piece" in name or "slice" in name] == []
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=5.0)], ids=["greedy", "hot"])
@@ -192,6 +256,13 @@ def test_a_stream_is_what_generate_returns(sampling):
         pieces = list(stream(MODEL, weights(), TOKENIZER, question, image, **options))
         assert len(pieces) > 1 and all(pieces)
         assert "".join(pieces) == generate(MODEL, weights(), TOKENIZER, [question], [image], **options)[0]
+
+
+def test_a_stream_looks_at_the_device_once_for_several_tokens(monkeypatch):
+    limits, write = [], answer.write
+    monkeypatch.setattr(answer, "write", lambda *a, **o: limits.append(o["limit"]) or write(*a, **o))
+    list(stream(MODEL, weights(), TOKENIZER, "hi", max_new_tokens=20, stop_ids=()))
+    assert limits == [1, 8, 8, 3]
 
 
 def test_long_prompts_are_read_in_pieces(monkeypatch):
@@ -299,6 +370,25 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it():
             ask(["a"], stop_strings=stops)
 
 
+def test_generate_stops_within_a_block_of_tokens_when_all_rows_have_stopped(monkeypatch):
+    tokenizer, prompts = Tokenizer.train([], 257), ["what is this?", "a cat?"]
+    options = {"stop_ids": (), "max_new_tokens": 2000, "sampling": Sampling(temperature=1.0, top_k=9)}
+    ask = functools.partial(generate, MODEL, printable_params(), tokenizer, prompts, **options)
+    limits, write = [], generation.write_in_place
+    monkeypatch.setattr(generation, "write_in_place", lambda *a, **o: limits.append(a[4]) or write(*a, **o))
+    whole = ask()
+    assert limits == [2000] and [len(text) for text in whole] == [2000, 2000]
+    first, second = whole[0][5:12], whole[1][40:47]  # in the first and in the second block of 32
+    assert [whole[0].index(first), whole[1].index(second)] == [5, 40]
+    assert first not in whole[1][:64] and second not in whole[0][:64]
+    limits.clear()
+    assert ask(stop_strings=[first, second]) == [whole[0][:5], whole[1][:40]]
+    assert limits == [32, 32]
+    limits.clear()
+    assert ask(stop_strings=["never " * 9], max_new_tokens=70) == [text[:70] for text in whole]
+    assert limits == [32, 32, 6]
+
+
 @given(st.text("ab \n", max_size=12), st.lists(st.text("ab ", min_size=1, max_size=3), max_size=3))
 def test_a_stream_stops_where_the_first_stop_string_is_complete(text, stops):
     by_byte = Tokenizer.train([], 257)
@@ -336,11 +426,39 @@ def test_a_long_answer_needs_no_more_memory_than_a_short_one():
         return got
 
     got = go_on(got)
-    live, compiled = len(jax.live_arrays()), decoding.write_in_place._cache_size()
+    live, compiled = len(jax.live_arrays()), decoding._write_in_place._cache_size()
     for _ in range(30):
         got = go_on(got)
     assert got.position == 32 * 31
-    assert len(jax.live_arrays()) == live and decoding.write_in_place._cache_size() == compiled
+    assert len(jax.live_arrays()) == live and decoding._write_in_place._cache_size() == compiled
+
+
+def test_rows_without_anything_to_read_are_refused():
+    for rows, images in (
+        ([[], [1]], (None, None)),
+        ([[1], []], batching.stack_images([IMAGES[0], None], MODEL.config)),
+    ):
+        with pytest.raises(
+            InputError, match=r"tokens: got rows of \[.*\] tokens, expected at least one token or an image"
+        ):
+            decoding.read(MODEL, weights(), *pad_rows(rows, 0), *images)
+    with pytest.raises(InputError, match="rows: got none, expected the token ids of at least one prompt"):
+        pad_rows([], 0)
+    # After an image alone there is something to say.
+    pixels = batching.stack_images([IMAGES[0]], MODEL.config)[0]
+    got = decoding.read(MODEL, weights(), *pad_rows([[]], 0), pixels)
+    logits, _ = apply(weights(), jnp.zeros((1, 0), jnp.int32), images=pixels, method="prefill")
+    np.testing.assert_allclose(got.logits, logits, atol=1e-5 * np.abs(logits).max())
+
+
+def test_a_state_is_left_alone_unless_its_memory_is_given_up():
+    state = image_state(MODEL, weights(), IMAGES[0])
+    kept, rows = np.array(state.ssm), pad_rows([[1, 2, 3]], 0)
+    first = decoding.read(MODEL, weights(), *rows, state=state)
+    np.testing.assert_array_equal(state.ssm, kept)
+    second = decoding.read(MODEL, weights(), *rows, state=state, donate=True)
+    np.testing.assert_array_equal(first.logits, second.logits)
+    assert state.ssm.is_deleted()
 
 
 TEXT = "naïve  日本語\n🙂 is 👩‍👩‍👧 é"
@@ -361,6 +479,39 @@ def test_pieces_join_to_the_decoded_text_for_any_tokens(ids):
     characters = TextStream(TOKENIZER)
     pieces = [characters.push(i) for i in ids]
     assert "".join([*pieces, characters.flush()]) == TOKENIZER.decode(ids).strip()
+
+
+def test_bytes_that_never_become_a_character_do_not_pile_up(monkeypatch):
+    by_byte = Tokenizer.train([], 257)
+    stray = next(
+        i for i in range(257) if by_byte.decode([i]) == "\ufffd" and by_byte.decode([i, i, i, i]) == "\ufffd" * 4
+    )
+    lengths, decode = [], by_byte.decode
+    monkeypatch.setattr(by_byte, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    characters = TextStream(by_byte)
+    pieces = [characters.push(stray) for _ in range(500)]
+    assert max(lengths) <= 13
+    pieces += [characters.push(by_byte.encode("a")[0])]
+    assert "".join(pieces) == "\ufffd" * 500 + "a"
+
+
+@given(st.lists(st.sampled_from([*"a é🙂日".encode(), 0x80, 0xF0, 0xE3, 0x20, 0x0A]), max_size=40))
+@example([195, 240, 169, 169, 195])  # one U+FFFD for three bytes
+@example([240, 169, 169] * 9)
+def test_pieces_of_any_bytes_join_to_what_utf_8_reads(data):
+    by_byte = Tokenizer.train([], 257)
+    byte_of = {by_byte.backend.token_to_id(c): b for b, c in byte_alphabet().items()}
+    id_of = {b: i for i, b in byte_of.items()}
+    characters = TextStream(by_byte)
+    pieces = [characters.push(id_of[b]) for b in data]
+    assert "".join([*pieces, characters.flush()]) == bytes(data).decode(errors="replace").strip()
+
+
+def byte_alphabet() -> dict[int, str]:
+    """The visible character by which a byte-level tokenizer names each byte."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def printable_params(tokenizer: Tokenizer = Tokenizer.train([], 257)) -> dict:  # noqa: B008
@@ -479,7 +630,7 @@ def test_input_that_cannot_be_answered_is_refused():
         ask(["a", "b"], [None])
     with pytest.raises(InputError, match="got 0 prompts"):
         ask([])
-    with pytest.raises(InputError, match="max_new_tokens: got 0, expected at least 1"):
+    with pytest.raises(InputError, match="max_new_tokens: got 0, expected a whole number of at least 1"):
         ask(["a"], max_new_tokens=0)
     with pytest.raises(InputError, match=r"nowhere\.png: found no such image file"):
         ask(["a"], ["nowhere.png"])
@@ -504,10 +655,59 @@ def test_input_that_cannot_be_answered_is_refused():
         ask(["a"], model=MLMamba(MLMambaConfig(language=small)))
 
 
-def test_nan_inside_the_model_is_an_error_and_not_an_answer():
-    embedding = weights()["language"]["embedding"].at[TOKENIZER.encode("h")[0]].set(jnp.nan)
-    broken = {**weights(), "language": {**weights()["language"], "embedding": embedding}}
-    with pytest.raises(NonFiniteError, match="got NaN or infinity inside the model"):
-        generate(MODEL, broken, TOKENIZER, QUESTIONS, IMAGES, max_new_tokens=N_NEW)
-    with pytest.raises(NonFiniteError):
-        list(stream(MODEL, broken, TOKENIZER, "hi", max_new_tokens=N_NEW))
+def with_language(**changes) -> dict:
+    return {**weights(), "language": {**weights()["language"], **changes}}
+
+
+def with_mixer(**changes) -> dict:
+    blocks = weights()["language"]["blocks"]
+    return with_language(blocks={**blocks, "mixer": {**blocks["mixer"], **changes}})
+
+
+def nan_in_the_last_layer(name: str) -> dict:
+    leaf = weights()["language"]["blocks"]["mixer"][name]
+    return with_mixer(**{name: jax.tree.map(lambda a: a.at[-1].set(jnp.nan), leaf)})
+
+
+NAN = {
+    "embedding": lambda: with_language(
+        embedding=weights()["language"]["embedding"].at[TOKENIZER.encode("h")[0]].set(jnp.nan)
+    ),
+    "norm": lambda: with_language(norm=jax.tree.map(lambda a: a * jnp.nan, weights()["language"]["norm"])),
+    **{
+        name: functools.partial(nan_in_the_last_layer, name)
+        for name in ("in_proj", "out_proj", "D", "norm_weight", "A_log")
+    },
+}
+
+
+@pytest.mark.parametrize("where", NAN)
+def test_nan_anywhere_in_the_model_is_an_error_and_not_an_answer(where):
+    """Some of it never reaches the state: it arises after the last scan."""
+    broken = NAN[where]()
+    calls = {
+        "generate": lambda: generate(MODEL, broken, TOKENIZER, ["hi"] * 3, IMAGES, max_new_tokens=N_NEW),
+        "stream": lambda: list(stream(MODEL, broken, TOKENIZER, "hi", max_new_tokens=N_NEW)),
+        "Chat": lambda: Chat(MODEL, broken, TOKENIZER).ask("hi", max_new_tokens=N_NEW),
+        "answer_probabilities": lambda: answer_probabilities(MODEL, broken, TOKENIZER, ["hi"], answers=["a", "b"]),
+        "generate_tokens": lambda: written(["hi"] * 3, params=broken),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NonFiniteError, match=f"^{name}: got NaN or infinity"):
+            call()
+
+
+def test_nan_among_the_pixels_features_is_an_error_where_an_image_is_seen():
+    broken = {**weights(), "connector": jax.tree.map(lambda a: a * jnp.nan, weights()["connector"])}
+    with pytest.raises(NonFiniteError, match=r"^image_state: got NaN"):
+        image_state(MODEL, broken, IMAGES[0])
+    assert generate(MODEL, broken, TOKENIZER, ["hi"], max_new_tokens=3)
+
+
+def test_only_logits_from_which_a_token_is_chosen_need_be_finite():
+    before = decoding.read(MODEL, weights(), *pad_rows([[1, 2], [3]], 0))
+    options = {"capacity": 4, "sampling": Sampling(), "stop_ids": (), "vocab_size": TOKENIZER.vocab_size}
+    for token, finished, expected in ((0, False, False), (0, True, True), (TOKENIZER.vocab_size, False, True)):
+        got = before._replace(logits=before.logits.at[0, token].set(jnp.nan), finished=jnp.asarray([finished, False]))
+        *_, after = decoding.write(MODEL, weights(), got, jax.random.key(0), 2, **options)
+        assert after.finite.tolist() == [expected, True]

@@ -103,7 +103,7 @@ def layer(module: str) -> str | None:
         return "foundation"
     if rest[0] in INPUTS:
         return "inputs"
-    return "model" if rest[0] in MODEL_SIDE | {"state"} else "use"
+    return "model" if rest[0] in MODEL_SIDE | {"quantization", "state"} else "use"
 
 
 def problems(path: str, source: str) -> list[str]:

@@ -53,9 +53,8 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 )
 def test_frequencies_are_those_of_the_definition(sampling):
     draws = 40_000
-    tokens = jax.jit(sample, static_argnums=2)(
-        jax.random.key(1), jnp.broadcast_to(jnp.asarray(LOGITS), (draws, len(LOGITS))), sampling
-    )
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (draws, len(LOGITS)))
+    tokens = jax.jit(sample)(jax.random.key(1), logits, sampling.rule())
     assert tokens.dtype == jnp.int32 and tokens.shape == (draws,)
     expected = distribution(LOGITS, sampling)
     frequencies = np.bincount(tokens, minlength=len(LOGITS)) / draws
@@ -68,10 +67,11 @@ def test_combined_options_act_in_order():
     # Top-k leaves {1, 3}; of these top-p measures the renormalised probabilities: 0.622 and 0.378.
     logits = jnp.asarray(LOGITS)[None]
     sampling = Sampling(temperature=1.0, top_k=2, top_p=0.62)
-    drawn = {int(sample(jax.random.key(i), logits, sampling)[0]) for i in range(40)}
+    drawn = {int(sample(jax.random.key(i), logits, sampling.rule())[0]) for i in range(40)}
     assert drawn == {1}
     drawn = {
-        int(sample(jax.random.key(i), logits, Sampling(temperature=1.0, top_k=2, top_p=0.63))[0]) for i in range(40)
+        int(sample(jax.random.key(i), logits, Sampling(temperature=1.0, top_k=2, top_p=0.63).rule())[0])
+        for i in range(40)
     }
     assert drawn == {1, 3}  # of the equal 3 and 5, top-k keeps the lower id
 
@@ -79,7 +79,7 @@ def test_combined_options_act_in_order():
 def test_greedy_takes_the_likeliest_whatever_the_key():
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((5, 30)), jnp.float32)
     for seed in range(3):
-        tokens = sample(jax.random.key(seed), logits, Sampling())
+        tokens = sample(jax.random.key(seed), logits, Sampling().rule())
         assert tokens.dtype == jnp.int32
         np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
@@ -88,11 +88,11 @@ def test_tiny_temperature_becomes_greedy_without_overflow():
     logits = jnp.asarray(LOGITS)[None] * 100
     for temperature in (1e-36, 1e-60):  # 300 / 1e-36 is infinite in float32, and 1e-60 is zero
         for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
-            assert sample(jax.random.key(0), logits, Sampling(temperature=temperature, **options))[0] == 1
+            assert sample(jax.random.key(0), logits, Sampling(temperature=temperature, **options).rule())[0] == 1
 
 
 def test_rows_draw_independently():
-    tokens = sample(jax.random.key(0), jnp.zeros((200, 50)), Sampling(temperature=1.0))
+    tokens = sample(jax.random.key(0), jnp.zeros((200, 50)), Sampling(temperature=1.0).rule())
     assert len(set(np.asarray(tokens).tolist())) > 30
 
 
@@ -102,7 +102,7 @@ def test_rows_draw_independently():
         ({"temperature": -1.0}, "temperature: got -1.0, expected a finite number, 0"),
         ({"temperature": float("nan")}, "temperature: got nan"),
         ({"temperature": float("inf")}, "temperature: got inf"),
-        ({"top_k": 0}, "top_k: got 0, expected at least 1"),
+        ({"top_k": 0}, "top_k: got 0, expected a whole number of at least 1"),
         ({"top_p": 0.0}, "top_p: got 0.0, expected above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p: got 1.5"),
         ({"top_p": float("nan")}, "top_p: got nan"),

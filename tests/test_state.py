@@ -9,6 +9,7 @@ from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.state import MambaState, check_state, fork, init_state, insert_rows, join, take_rows
 from ml_mamba_jax.state_file import load_state, save_state
+from tests import tiny_model
 
 CONFIG = MLMambaConfig.named("tiny")
 
@@ -35,6 +36,58 @@ def test_rows_are_taken_put_back_forked_and_joined():
         fork(whole, 2)
     with pytest.raises(InputError, match="states: got none"):
         join([])
+
+
+def test_rows_may_be_named_in_any_way_but_must_be_there():
+    whole = state(3)
+    for rows in ([0, 2], (0, -1), np.asarray([0, 2]), jnp.asarray([0, 2])):
+        assert_equal(take_rows(whole, rows), take_rows(whole, [0, 2]))
+    np.testing.assert_array_equal(take_rows(whole, [0, 2]).ssm, np.asarray(whole.ssm)[:, [0, 2]])
+    assert_equal(take_rows(whole, 1), take_rows(whole, [1]))
+    assert_equal(insert_rows(whole, [1], take_rows(whole, 1)), whole)
+    assert take_rows(whole, []).batch_size == 0
+    jitted = jax.jit(take_rows)(whole, jnp.asarray([2, 0]))
+    assert_equal(jitted, take_rows(whole, [2, 0]))
+    for rows in ([3], [-4], jnp.asarray([0, 9])):
+        for call in (take_rows, lambda s, rows: insert_rows(s, rows, take_rows(s, [0]))):
+            with pytest.raises(InputError, match=r"rows: got .*, expected indices from 0 to 2, those of the 3 rows"):
+                call(whole, rows)
+    with pytest.raises(InputError, match=r"rows: got 2 indices for 1 rows"):
+        insert_rows(whole, [0, 1], take_rows(whole, 0))
+    with pytest.raises(InputError, match="n: got 0, expected at least 1"):
+        fork(take_rows(whole, 0), 0)
+
+
+def test_only_states_of_one_model_are_put_together():
+    language = CONFIG.language
+    deeper = init_state(language.__class__(language.mixer, n_layers=3, vocab_size=300), 1)
+    assert_equal(join(state(2)), state(2))  # one is as good as a list of one
+    for other in (deeper, state(1, "bfloat16")):
+        with pytest.raises(
+            InputError, match=r"states: got conv float32.* and .*, expected the same but for the number"
+        ):
+            join([state(2), other])
+        with pytest.raises(InputError, match=r"states: got conv float32"):
+            insert_rows(state(2), [0], other)
+
+
+def test_a_file_may_know_the_parameters_that_its_state_was_reached_with(tmp_path):
+    path, params = tmp_path / "a.state", tiny_model.params()
+    mixer = params["language"]["blocks"]["mixer"]
+    for trained in (
+        {**mixer, "D": mixer["D"] * 1.001},
+        {**mixer, "norm_weight": mixer["norm_weight"].astype("bfloat16")},
+    ):
+        other = {"language": {**params["language"], "blocks": {**params["language"]["blocks"], "mixer": trained}}}
+        save_state(path, state(1), CONFIG, params)
+        assert_equal(load_state(path, CONFIG, params), state(1))
+        assert_equal(load_state(path, CONFIG, {"language": jax.tree.map(np.asarray, params["language"])}), state(1))
+        assert_equal(load_state(path, CONFIG), state(1))
+        with pytest.raises(InputError, match=r"a\.state: got a state that other parameters reached"):
+            load_state(path, CONFIG, other)
+    with pytest.raises(InputError, match=r"other parameters reached, or that was saved without params"):
+        save_state(path, state(1), CONFIG)
+        load_state(path, CONFIG, params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
