@@ -1,0 +1,572 @@
+"""A token through all layers on Hopper in one launch whose stream of weights never stops (Pallas, Mosaic GPU).
+
+Decoding a few rows is reading the weights. One thread block runs on each processor. One of its warpgroups does nothing
+but copy: it fills a ring of weight tiles in shared memory, layer after layer, as fast as tiles are used up. The others
+compute. They walk through the layers in four phases, and all blocks meet after each:
+
+    1. in_proj:  u = rms_norm(residual), then sums of zxbcdt, in parts (see `split`)
+    2. scan:     convolution, state and gate, one head and some of its channels at a time
+    3. out_proj: rms_norm(y * silu(z)), then sums of the output, in parts
+    4. add:      the output is added to the residual
+
+While they wait for each other, the ring goes on filling: weights depend on no activation. It holds as much as the
+memory delivers in several microseconds, so it hides the meetings and the two phases that need no weights.
+
+Products are taken as y^T = W^T x^T by wgmma: the columns of a weight tile are its 64 rows, the rows of the batch, filled
+up to a multiple of 8, its columns. The sums of the parts are added up in a fixed order by whoever reads them.
+
+The blocks meet at a counter in device memory. They must all run at once: one for each processor, never more.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gradients import with_gradient_of
+from pallas_kernels.hopper import PROCESSORS, load, load32, silu, why_not_here  # noqa: F401, part of a backend
+from pallas_kernels.mamba2_layers_step import xla
+from pallas_kernels.mamba2_layers_step.by_layers import by_layers
+from pallas_kernels.mamba2_layers_step.split import COLUMNS, ROWS, Split
+from pallas_kernels.mamba2_step import pallas_gpu as one_layer
+from pallas_kernels.mamba2_step.sizes import Sizes, split_sizes
+from pallas_kernels.ssd.pallas_gpu import step
+from pallas_kernels.ssd.pallas_gpu.tiles import SHARED_MEMORY, operand, square, zeros
+
+COMPUTING = COLUMNS // 64  # warpgroups of a block that compute: 64 columns of a tile each
+MOST_ROWS = 8  # of the batch in one launch
+OPTIONS = ("dt_limit", "norm_eps", "norm_before_gate", "in_norm_eps")
+
+OPERAND = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+"""[8k 64]: half a warp reads 64 neighbouring numbers of a row."""
+
+
+def why_not_mamba2_layers_step(
+    residual, conv_state, ssm_state, in_norm_weight, in_proj, conv_weight, A, out_proj, **arguments
+) -> str | None:
+    """One layer's kernel must take it: beyond what one launch does, that one runs in a loop over layers."""
+    sizes = split_sizes(ssm_state, _first(conv_weight))
+    zxbcdt = jax.ShapeDtypeStruct((residual.shape[0], sizes.projected), conv_state.dtype)
+    per_layer = {
+        name: _first(arguments[name])
+        for name in ("conv_bias", "D", "dt_bias", "norm_weight")
+        if arguments.get(name) is not None
+    }
+    return one_layer.why_not_mamba2_step(
+        _first(conv_state), _first(ssm_state), zxbcdt, _first(conv_weight), _first(A), **per_layer
+    )
+
+
+def why_not_one_launch(
+    residual,
+    conv_state,
+    ssm_state,
+    in_norm_weight,
+    in_proj,
+    conv_weight,
+    A,
+    out_proj,
+    *,
+    norm_weight=None,
+    norm_before_gate=False,
+    **_,
+) -> str | None:
+    """Why a loop over layers runs instead."""
+    sizes = split_sizes(ssm_state, _first(conv_weight))
+    batch, width = residual.shape
+    if batch > MOST_ROWS:
+        return f"{batch} rows; one launch takes up to {MOST_ROWS}, beyond them the states outweigh the weights"
+    for name, a in {"in_proj": in_proj, "out_proj": out_proj, "conv_state": conv_state}.items():
+        if a.dtype != jnp.bfloat16:
+            return f"{name} is {a.dtype}; one launch takes bfloat16"
+    if norm_weight is None or norm_before_gate:
+        return "one launch takes a norm after the gate"
+    if sizes.state not in (64, 128):
+        return f"the state size is {sizes.state}; one launch takes 64 and 128"
+    for name, size in {"the residual": width, "the inner width": sizes.inner}.items():
+        if size % COLUMNS:
+            return f"{name} is {size}; one launch takes multiples of {COLUMNS}"
+    if sizes.inner // sizes.groups % ROWS:
+        return f"a group has {sizes.inner // sizes.groups} channels; one launch takes multiples of {ROWS}"
+    if sizes.projected % 8:
+        return f"the input projection is {sizes.projected} wide; one launch takes multiples of 8"
+    device = jax.devices()[0]
+    if device.platform == "gpu" and device.core_count < PROCESSORS:
+        return f"the device has {device.core_count} processors; one launch needs {PROCESSORS}"
+    return None
+
+
+def mamba2_layers_step(*args, **arguments):
+    names = ("residual", "conv_state", "ssm_state", "in_norm_weight", "in_proj", "conv_weight", "A", "out_proj")
+    arrays = dict(zip(names, args, strict=False)) | arguments
+    options = {name: arrays.pop(name) for name in OPTIONS if name in arrays}
+    arrays = {name: a for name, a in arrays.items() if a is not None}
+    if why_not_one_launch(**arrays, **options):
+        return by_layers(one_layer.mamba2_step)(**arrays, **options)
+    run = with_gradient_of(
+        lambda arrays: xla.mamba2_layers_step(**arrays, **options), lambda arrays: _one_launch(**arrays, **options)
+    )
+    return run(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sizes of the launch, and who does what."""
+
+    layers: int
+    batch: int
+    filled: int
+    """Rows of the batch, filled up to a multiple of 8."""
+    width: int
+    sizes: Sizes
+    blocks: int = PROCESSORS
+
+    @property
+    def in_proj(self) -> Split:
+        return Split.of(self.width, self.sizes.projected, self.blocks)
+
+    @property
+    def out_proj(self) -> Split:
+        return Split.of(self.sizes.inner, self.width, self.blocks)
+
+    @property
+    def tile(self) -> step.Tile:
+        """What a warpgroup holds of the state of a head."""
+        heads, head_dim, _, n = self.sizes
+        tallest = step.choose_tile(10**6, heads, head_dim, n)
+        workers = self.blocks * COMPUTING
+        rows = tallest.rows
+        while rows % 32 == 0 and self.batch * heads * (head_dim // rows) * 2 <= workers:
+            rows //= 2
+        return step.Tile(rows, n)
+
+    @property
+    def pieces(self) -> int:
+        """Tiles of the state of a head."""
+        return self.sizes.head_dim // self.tile.rows
+
+    @property
+    def squares(self) -> tuple[int, int]:
+        """Sums of squares of a row of the residual, and of a group of a row of y; up to a multiple of 64."""
+        sizes = self.sizes
+        return tuple(-(-n // 64) * 64 for n in (self.width // COLUMNS, sizes.heads // sizes.groups * self.pieces))
+
+    @property
+    def operand_tiles(self) -> int:
+        return max(self.in_proj.most_rows, self.out_proj.most_rows)
+
+    @property
+    def stages(self) -> int:
+        """Tiles of weights that fit into shared memory."""
+        vectors = COMPUTING * 3 * 128 * 4
+        taken = self.operand_tiles * self.filled * ROWS * 2 + vectors + 6 * 1024
+        return min(14, (SHARED_MEMORY - taken) // (ROWS * COLUMNS * 2))
+
+
+def make_plan(residual, ssm_state, conv_weight) -> Plan:
+    batch, width = residual.shape
+    return Plan(ssm_state.shape[0], batch, -(-batch // 8) * 8, width, split_sizes(ssm_state, _first(conv_weight)))
+
+
+def _one_launch(
+    residual,
+    conv_state,
+    ssm_state,
+    in_norm_weight,
+    in_proj,
+    conv_weight,
+    A,
+    out_proj,
+    conv_bias=None,
+    D=None,
+    dt_bias=None,
+    norm_weight=None,
+    active=None,
+    dt_limit=(0.0, float("inf")),
+    norm_eps=1e-5,
+    norm_before_gate=False,
+    in_norm_eps=1e-5,
+):
+    plan = make_plan(residual, ssm_state, conv_weight)
+    sizes, filled = plan.sizes, plan.filled
+    inputs = {
+        "in_norm_weight": in_norm_weight,
+        "in_proj": in_proj,
+        "conv_weight": conv_weight,
+        "conv_bias": conv_bias,
+        "A": A,
+        "D": D,
+        "dt_bias": dt_bias,
+        "norm_weight": norm_weight,
+        "out_proj": out_proj,
+        "active": None if active is None else active.astype(jnp.int32),
+    }
+    inputs = {name: a for name, a in inputs.items() if a is not None}
+    state = {
+        "residual": jnp.pad(residual, ((0, filled - plan.batch), (0, 0))),
+        "conv_state": conv_state,
+        "ssm_state": ssm_state,
+        # What lies behind the last of the sums stays zero.
+        "residual_squares": jnp.zeros((1, filled, plan.squares[0]), jnp.float32),
+        "y_squares": jnp.zeros((sizes.groups, filled, plan.squares[1]), jnp.float32),
+    }
+    passed_on = {
+        "zxbcdt": (plan.in_proj.wide, plan.in_proj.most_parts, COLUMNS, filled),
+        "y": (filled, sizes.inner),
+        "output": (plan.out_proj.wide, plan.out_proj.most_parts, COLUMNS, filled),
+    }
+    state = {name: jax.new_ref(a) for name, a in state.items()}
+    eps = {"residual": in_norm_eps, "y": norm_eps}
+    shared = {
+        "weights": square(jnp.bfloat16, plan.stages, COMPUTING),
+        "x": operand(jnp.bfloat16, plan.operand_tiles, filled, ROWS),
+        "vectors": plgpu.SMEM((COMPUTING, 3, 128), jnp.float32),
+        "filled": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=plan.stages),
+        "consumed": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=plan.stages),
+        "here": plgpu.Barrier(num_arrivals=COMPUTING),
+        "there": plgpu.Barrier(),
+        "ready": plgpu.Barrier(num_arrivals=COMPUTING),
+    }
+    body = functools.partial(_body, plan, [*inputs, *state, *passed_on], dt_limit, eps)
+    pl.kernel(
+        lambda *refs: pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **shared),
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in passed_on.values()],
+        mesh=plgpu.Mesh(
+            grid=(plan.blocks,),
+            grid_names=("block",),
+            num_threads=COMPUTING + 1,
+            thread_name="warpgroup",
+            kernel_name="mamba2_layers_step",
+        ),
+        compiler_params=plgpu.CompilerParams(
+            # What one thread writes another reads only behind an explicit barrier.
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        name="mamba2_layers_step",
+    )(*inputs.values(), *state.values())
+    return jax.freeze(state["residual"])[: plan.batch], jax.freeze(state["conv_state"]), jax.freeze(state["ssm_state"])
+
+
+def _body(plan, names, dt_limit, eps, *refs, **buffers):
+    refs = dict(zip(names, refs, strict=True))
+    buffers["weights"], buffers["weights flat"] = buffers["weights"]
+    arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == COMPUTING)
+    def _():
+        _copy(plan, refs, buffers)
+
+    @pl.when(warpgroup < COMPUTING)
+    def _():
+        _compute(plan, refs, buffers, arrived, dt_limit, eps)
+
+
+def _copy(plan, refs, buffers):
+    """Keeps the ring filled, in the order in which the products use it up."""
+    block = lax.axis_index("block")
+
+    def fetch(name, split, layer, tile, number):
+        slot = lax.rem(number, plan.stages)
+        plgpu.barrier_wait(buffers["consumed"].at[slot])
+        row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
+        for half in range(COMPUTING):
+            columns = pl.ds(column * COLUMNS + half * 64, 64)
+            plgpu.copy_gmem_to_smem(
+                refs[name].at[layer, pl.ds(row * ROWS, ROWS), columns],
+                buffers["weights flat"].at[slot, half],
+                buffers["filled"].at[slot],
+            )
+        return number + 1
+
+    def one_layer(layer, number):
+        for name, split in (("in_proj", plan.in_proj), ("out_proj", plan.out_proj)):
+            fetch_one = functools.partial(fetch, name, split, layer)
+            number = lax.fori_loop(split.first(block), split.first(block + 1), fetch_one, number)
+        return number
+
+    lax.fori_loop(0, plan.layers, one_layer, 0)
+
+
+def _compute(plan, refs, buffers, arrived, dt_limit, eps):
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+
+    @pl.loop(0, plan.stages)
+    def _(slot):
+        plgpu.barrier_arrive(buffers["consumed"].at[slot])
+
+    def meet(meetings):
+        """All blocks, and everything that any of them wrote is seen by all."""
+        _warps_meet()
+        plgpu.barrier_arrive(buffers["here"])
+
+        @pl.when(warpgroup == 0)
+        def _():
+            plgpu.barrier_wait(buffers["here"])
+            plgpu.semaphore_signal(arrived, memory_scope="gpu")
+            plgpu.semaphore_wait(arrived, plan.blocks * (meetings + 1), decrement=False, memory_scope="gpu")
+            plgpu.barrier_arrive(buffers["there"])
+
+        plgpu.barrier_wait(buffers["there"])
+        return meetings + 1
+
+    def one_layer(layer, carry):
+        number, meetings = carry
+        prepare = functools.partial(_prepare, plan, refs, buffers, layer)
+        multiply = functools.partial(_multiply, plan, refs, buffers)
+        prepare("residual", "in_norm_weight", plan.in_proj, 1, eps["residual"])
+        number = multiply("zxbcdt", plan.in_proj, number)
+        meetings = meet(meetings)
+        _scan(plan, refs, buffers, layer, dt_limit)
+        meetings = meet(meetings)
+        prepare("y", "norm_weight", plan.out_proj, plan.sizes.groups, eps["y"])
+        number = multiply("output", plan.out_proj, number)
+        meetings = meet(meetings)
+        _add(plan, refs, buffers, layer)
+        return number, meet(meetings)
+
+    _add(plan, refs, buffers, None)
+    lax.fori_loop(0, plan.layers, one_layer, (0, meet(0)))
+
+
+# The phases, by one of the warpgroups that compute.
+
+
+def _prepare(plan, refs, buffers, layer, name, weight, split, groups, eps):
+    """The rows of tiles of x that the block's products read: normalised, in the dtype of the weights."""
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    source, squares = refs[name], refs[f"{name}_squares"]
+    size = split.tall * ROWS // groups  # channels that a norm runs over
+    first = split.first(block)
+    count = jnp.minimum(split.first(block + 1) - first, split.tall)
+
+    def over_rows(vector):
+        return _spread(vector, plan.filled, 0)
+
+    def scale(group):
+        sums = jnp.sum(load(squares.at[group], OPERAND, device_memory=True), axis=1)
+        return lax.rsqrt(sums * (1.0 / size) + eps)
+
+    only = scale(0) if groups == 1 else None
+    turns = -(-split.most_rows // COMPUTING)
+    for start in range(0, turns, 8):  # so many loads under way at once
+        tiles = []
+        for turn in range(start, min(start + 8, turns)):
+            slot = jnp.minimum(turn * COMPUTING + warpgroup, count - 1)
+            row = lax.rem(first + slot, split.tall) * ROWS
+            channels = pl.ds(row, ROWS)
+            x = load(source.at[:, channels], OPERAND, device_memory=True)
+            w = load(refs[weight].at[layer, channels], OPERAND.reduce(0), device_memory=True)
+            tiles.append((slot, row, x, w))
+        for slot, row, x, w in tiles:
+            scales = scale(lax.div(row, size)) if only is None else only
+            x = x.astype(jnp.float32) * (over_rows(scales) * _spread(w.astype(jnp.float32), plan.filled, 1))
+            buffers["x"].at[slot][...] = x.astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(buffers["ready"])
+    plgpu.barrier_wait(buffers["ready"])
+
+
+def _multiply(plan, refs, buffers, name, split, number):
+    """Sums over the block's tiles, 64 columns of each. `number`: of tiles that came through the ring so far."""
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    first, end = split.first(block), split.first(block + 1)
+    columns = pl.ds(warpgroup * 64, 64)
+
+    def one_column(column, number):
+        start = jnp.maximum(first, column * split.tall)
+        stop = jnp.minimum(end, (column + 1) * split.tall)
+
+        def one_tile(tile, carry):
+            number, sums = carry
+            slot = lax.rem(number, plan.stages)
+            plgpu.barrier_wait(buffers["filled"].at[slot])
+            weights = buffers["weights"].at[slot, warpgroup]
+            x = buffers["x"].at[lax.rem(tile - first, split.tall)]
+
+            def product(sums):
+                plgpu.wgmma(sums, weights.transpose((1, 0)), x.transpose((1, 0)))
+
+            sums = pl.run_state(product)(plgpu.ACC.init(sums))
+            _warps_meet()
+            plgpu.barrier_arrive(buffers["consumed"].at[slot])
+            return number + 1, sums
+
+        number, sums = lax.fori_loop(start, stop, one_tile, (number, zeros(64, plan.filled)))
+        part = block - split.parts(column)[0]
+        refs[name].at[column, part, columns][...] = sums
+        return number
+
+    columns_end = jnp.where(end > first, lax.div(end - 1, split.tall) + 1, lax.div(first, split.tall))
+    return lax.fori_loop(lax.div(first, split.tall), columns_end, one_column, number)
+
+
+def _scan(plan, refs, buffers, layer, dt_limit):
+    """What lies between the projections, all but the norm: y * silu(z). The states of x move on by a token."""
+    sizes, tile = plan.sizes, plan.tile
+    warpgroup = lax.axis_index("warpgroup")
+    vectors = buffers["vectors"].at[warpgroup]
+    dtype = refs["conv_state"].dtype
+
+    def one(task):
+        row, place = lax.div(task, sizes.heads * plan.pieces), lax.rem(task, sizes.heads * plan.pieces)
+        head, piece = lax.div(place, plan.pieces), lax.rem(place, plan.pieces)
+        group = lax.div(head, sizes.heads // sizes.groups)
+        rows = pl.ds(piece * tile.rows, tile.rows)
+        state = refs["ssm_state"].at[layer, row, head, rows]
+        before = load(state, tile.layout, device_memory=True)  # asked for first: it takes longest
+        for i in range(2):
+            channel = sizes.inner + (i * sizes.groups + group) * sizes.state
+            layout = one_layer._one_each(sizes.state)
+            window = _window(plan, refs, layer, row, channel, sizes.state, layout)
+            vectors.at[i, pl.ds(0, sizes.state)][...] = _convolve(refs, layer, channel, window, layout)
+        channel = head * sizes.head_dim + piece * tile.rows
+        window = _window(plan, refs, layer, row, channel, tile.rows, tile.over_rows)
+        x = _convolve(refs, layer, channel, window, tile.over_rows)
+        _move_on(refs, layer, row, channel, window)
+        z = _sums(plan.in_proj, refs["zxbcdt"], row, channel, tile.rows, tile.over_rows)
+        z = z.astype(dtype).astype(jnp.float32)
+        dt = _sums(plan.in_proj, refs["zxbcdt"], row, sizes.inner + sizes.channels + head, None, None)
+        bias = refs["dt_bias"][layer, head] if "dt_bias" in refs else None
+        dt = step.step_size(dt.astype(dtype), bias, True, dt_limit)
+        skip = step.skip(refs["D"].at[layer] if "D" in refs else None, head, rows, tile)
+        _warps_meet()
+        B, C = (load(vectors.at[i, pl.ds(0, sizes.state)], tile.over_columns, device_memory=True) for i in range(2))
+        after, y = step.advance(tile, before, x, dt, refs["A"][layer, head], B, C, skip)
+        after = after.astype(before.dtype)
+        state[...] = jnp.where(refs["active"][row] > 0, after, before) if "active" in refs else after
+        y = y.astype(dtype).astype(jnp.float32) * silu(z)
+        refs["y"].at[row, pl.ds(channel, tile.rows)][...] = y
+        in_group = lax.rem(head, sizes.heads // sizes.groups) * plan.pieces + piece
+        refs["y_squares"][group, row, in_group] = _sum_of_squares(y, tile.rows, vectors.at[2])
+
+    _share_out(plan, plan.batch * sizes.heads * plan.pieces, one)
+
+
+def _add(plan, refs, buffers, layer):
+    """Adds the output to the residual; B and C of the convolution state move on by a token. With None only squares."""
+    sizes = plan.sizes
+    warpgroup = lax.axis_index("warpgroup")
+    vector = buffers["vectors"].at[warpgroup, 2]
+    layout = one_layer._one_each(COLUMNS)
+    residual = refs["residual"]
+
+    def add(task):
+        row, column = lax.div(task, plan.out_proj.wide), lax.rem(task, plan.out_proj.wide)
+        place = residual.at[row, pl.ds(column * COLUMNS, COLUMNS)]
+        total = load32(place, layout)
+        if layer is not None:
+            output = _sums(plan.out_proj, refs["output"], row, column * COLUMNS, COLUMNS, layout)
+            total = total + output.astype(refs["conv_state"].dtype).astype(residual.dtype).astype(jnp.float32)
+            rounded = total.astype(residual.dtype)
+            place[...] = rounded
+            total = rounded.astype(jnp.float32)
+        refs["residual_squares"][0, row, column] = _sum_of_squares(total, COLUMNS, vector)
+
+    def move_on(task):
+        row, place = lax.div(task, 2 * sizes.groups), lax.rem(task, 2 * sizes.groups)
+        channel = sizes.inner + place * sizes.state
+        layout = one_layer._one_each(sizes.state)
+        _move_on(refs, layer, row, channel, _window(plan, refs, layer, row, channel, sizes.state, layout))
+
+    _share_out(plan, plan.batch * plan.out_proj.wide, add)
+    if layer is not None:
+        _share_out(plan, plan.batch * 2 * sizes.groups, move_on, backwards=True)
+
+
+# Pieces of the phases.
+
+
+def _first(a):
+    """The same without the axis of layers."""
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+
+
+def _share_out(plan, tasks: int, run, backwards: bool = False) -> None:
+    """`run(task)` for every task, one warpgroup each; the last ones first busy where it goes `backwards`."""
+    workers = plan.blocks * COMPUTING
+    worker = lax.axis_index("warpgroup") * plan.blocks + lax.axis_index("block")
+    if backwards:
+        worker = workers - 1 - worker
+
+    @pl.loop(0, lax.div(tasks - worker + workers - 1, workers))
+    def _(turn):
+        run(turn * workers + worker)
+
+
+def _sums(split, parts, row, first, width, layout):
+    """The sums of `width` columns of a product from `first` on, or of one, in float32: its parts in their order."""
+    column = lax.div(first, COLUMNS)
+    within = lax.rem(first, COLUMNS)
+    count = split.parts(column)[1]
+
+    def part(i):
+        if width is None:
+            return parts[column, i, within, row]
+        return load(parts.at[column, i, pl.ds(within, width), row], layout, device_memory=True)
+
+    terms = [part(i) for i in range(split.most_parts)]
+    total = terms[0]
+    for i, term in enumerate(terms[1:], 1):
+        total = total + jnp.where(i < count, term, 0.0)
+    return total
+
+
+def _window(plan, refs, layer, row, channel, width, layout):
+    """What the convolution sees of some channels of [x | B | C], the newest last, in its dtype."""
+    state = refs["conv_state"]
+    taps = state.shape[2]
+    window = [
+        load(state.at[layer, row, tap, pl.ds(channel, width)], layout, device_memory=True) for tap in range(taps)
+    ]
+    newest = _sums(plan.in_proj, refs["zxbcdt"], row, plan.sizes.inner + channel, width, layout)
+    return [*window, newest.astype(state.dtype)]
+
+
+def _convolve(refs, layer, channel, window, layout):
+    """Rounded as if it went through memory."""
+    channels = pl.ds(channel, window[0].shape[0])
+    total = load32(refs["conv_bias"].at[layer, channels], layout) if "conv_bias" in refs else None
+    for tap, a in enumerate(window):
+        term = a.astype(jnp.float32) * load32(refs["conv_weight"].at[layer, channels, tap], layout)
+        total = term if total is None else total + term
+    return silu(total).astype(window[0].dtype).astype(jnp.float32)
+
+
+def _move_on(refs, layer, row, channel, window):
+    """Writes the window's newest inputs back as the next state."""
+    for tap, (before, after) in enumerate(zip(window, window[1:], strict=False)):
+        place = refs["conv_state"].at[layer, row, tap, pl.ds(channel, before.shape[0])]
+        place[...] = jnp.where(refs["active"][row] > 0, after, before) if "active" in refs else after
+
+
+def _sum_of_squares(vector, width, buffer):
+    """Of a vector spread over a warpgroup, by way of `buffer` in shared memory."""
+    buffer = buffer.at[pl.ds(0, width)]
+    buffer[...] = vector * vector
+    _warps_meet()
+    lanes = min(32, width // 4)
+    held = (plgpu.Replicated(32 // lanes), -2) if lanes < 32 else (-2,)
+    layout = plgpu.Layout.TILED(
+        plgpu.Tiling(((width,), (width // lanes,))), warp_dims=(plgpu.Replicated(4),), lane_dims=held, vector_dim=-1
+    )
+    total = jnp.sum(load(buffer, layout, device_memory=True), axis=0)
+    _warps_meet()
+    return total
+
+
+def _spread(vector, rows, axis):
+    """A vector along `axis` of an operand, repeated along the other."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, ROWS), [axis]), OPERAND)
+
+
+def _warps_meet():
+    """The four of this warpgroup."""
+    plgpu.commit_smem()
