@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.sharded import keep_split
+
 UNROLLED_LAYERS = 4
 """So few layers become straight code."""
 
@@ -46,6 +48,7 @@ def by_layers(mamba2_step: Callable) -> Callable:
 
         def one_layer(carry, inputs):
             residual, *states = carry
+            residual = keep_split(residual, "b d")
             layer, weights = inputs
             u = rms_norm(residual, weights.pop("in_norm_weight"), in_norm_eps, dtype)
             zxbcdt = u @ weights.pop("in_proj").astype(dtype)
