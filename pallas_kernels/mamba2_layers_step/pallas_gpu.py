@@ -20,10 +20,11 @@ The blocks meet at a counter in device memory. They must all run at once: one fo
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -37,7 +38,10 @@ from pallas_kernels.mamba2_step.sizes import Sizes, split_sizes
 from pallas_kernels.ssd.pallas_gpu import step
 from pallas_kernels.ssd.pallas_gpu.tiles import SHARED_MEMORY, operand, square, zeros
 
-COMPUTING = COLUMNS // 64  # warpgroups of a block that compute: 64 columns of a tile each
+COMPUTING = 2  # warpgroups of a block that compute
+BOXES = COLUMNS // 64  # a tile of weights is so many squares of 64 x 64 next to each other
+AT_ONCE = 2  # tiles of weights on their way: enough for the memory, and no more, for others wait behind them
+ADDED = 128  # channels of the residual that a warpgroup adds up at a time
 MOST_ROWS = 8  # of the batch in one launch
 OPTIONS = ("dt_limit", "norm_eps", "norm_before_gate", "in_norm_eps")
 
@@ -90,8 +94,8 @@ def why_not_one_launch(
     if sizes.state not in (64, 128):
         return f"the state size is {sizes.state}; one launch takes 64 and 128"
     for name, size in {"the residual": width, "the inner width": sizes.inner}.items():
-        if size % COLUMNS:
-            return f"{name} is {size}; one launch takes multiples of {COLUMNS}"
+        if size % ADDED:
+            return f"{name} is {size}; one launch takes multiples of {ADDED}"
     if sizes.inner // sizes.groups % ROWS:
         return f"a group has {sizes.inner // sizes.groups} channels; one launch takes multiples of {ROWS}"
     if sizes.projected % 8:
@@ -113,6 +117,16 @@ def mamba2_layers_step(*args, **arguments):
         lambda arrays: xla.mamba2_layers_step(**arrays, **options), lambda arrays: _one_launch(**arrays, **options)
     )
     return run(arrays)
+
+
+class Place(NamedTuple):
+    """Of a piece of the state: its row of the batch, head and group, and its first channel, in the head and in all."""
+
+    row: Array
+    head: Array
+    group: Array
+    within: Array
+    channel: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +166,25 @@ class Plan:
         return self.sizes.head_dim // self.tile.rows
 
     @property
+    def all_pieces(self) -> int:
+        return self.batch * self.sizes.heads * self.pieces
+
+    def pieces_of_worker(self):
+        """The first piece of the state that this warpgroup holds, and the first one that it does not any more."""
+        workers, worker = self.blocks * COMPUTING, _worker(self)
+        return lax.div(worker * self.all_pieces, workers), lax.div((worker + 1) * self.all_pieces, workers)
+
+    def place(self, piece) -> "Place":
+        sizes = self.sizes
+        row, head = lax.div(piece, sizes.heads * self.pieces), lax.rem(lax.div(piece, self.pieces), sizes.heads)
+        within = lax.rem(piece, self.pieces) * self.tile.rows
+        return Place(row, head, lax.div(head, sizes.heads // sizes.groups), within, head * sizes.head_dim + within)
+
+    @property
     def squares(self) -> tuple[int, int]:
         """Sums of squares of a row of the residual, and of a group of a row of y; up to a multiple of 64."""
         sizes = self.sizes
-        return tuple(-(-n // 64) * 64 for n in (self.width // COLUMNS, sizes.heads // sizes.groups * self.pieces))
+        return tuple(-(-n // 64) * 64 for n in (self.width // ADDED, sizes.heads // sizes.groups * self.pieces))
 
     @property
     def operand_tiles(self) -> int:
@@ -166,7 +195,7 @@ class Plan:
         """Tiles of weights that fit into shared memory."""
         vectors = COMPUTING * 3 * 128 * 4
         taken = self.operand_tiles * self.filled * ROWS * 2 + vectors + 6 * 1024
-        return min(14, (SHARED_MEMORY - taken) // (ROWS * COLUMNS * 2))
+        return min(6, (SHARED_MEMORY - taken) // (ROWS * COLUMNS * 2))
 
 
 def make_plan(residual, ssm_state, conv_weight) -> Plan:
@@ -224,10 +253,10 @@ def _one_launch(
     state = {name: jax.new_ref(a) for name, a in state.items()}
     eps = {"residual": in_norm_eps, "y": norm_eps}
     shared = {
-        "weights": square(jnp.bfloat16, plan.stages, COMPUTING),
+        "weights": square(jnp.bfloat16, plan.stages, BOXES),
         "x": operand(jnp.bfloat16, plan.operand_tiles, filled, ROWS),
         "vectors": plgpu.SMEM((COMPUTING, 3, 128), jnp.float32),
-        "filled": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=plan.stages),
+        "filled": plgpu.Barrier(num_arrivals=BOXES, num_barriers=plan.stages),
         "consumed": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=plan.stages),
         "here": plgpu.Barrier(num_arrivals=COMPUTING),
         "there": plgpu.Barrier(),
@@ -277,11 +306,15 @@ def _copy(plan, refs, buffers):
         slot = lax.rem(number, plan.stages)
         plgpu.barrier_wait(buffers["consumed"].at[slot])
         row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
-        for half in range(COMPUTING):
-            columns = pl.ds(column * COLUMNS + half * 64, 64)
+
+        @pl.when(number >= AT_ONCE)
+        def _():
+            plgpu.barrier_wait(buffers["filled"].at[lax.rem(number - AT_ONCE, plan.stages)])
+
+        for box in range(BOXES):
             plgpu.copy_gmem_to_smem(
-                refs[name].at[layer, pl.ds(row * ROWS, ROWS), columns],
-                buffers["weights flat"].at[slot, half],
+                refs[name].at[layer, pl.ds(row * ROWS, ROWS), pl.ds(column * COLUMNS + box * 64, 64)],
+                buffers["weights flat"].at[slot, box],
                 buffers["filled"].at[slot],
             )
         return number + 1
@@ -323,8 +356,9 @@ def _compute(plan, refs, buffers, arrived, dt_limit, eps):
         multiply = functools.partial(_multiply, plan, refs, buffers)
         prepare("residual", "in_norm_weight", plan.in_proj, 1, eps["residual"])
         number = multiply("zxbcdt", plan.in_proj, number)
+        asked = _ask(plan, refs, layer, jnp.minimum(plan.pieces_of_worker()[0], plan.all_pieces - 1))
         meetings = meet(meetings)
-        _scan(plan, refs, buffers, layer, dt_limit)
+        _scan(plan, refs, buffers, layer, asked, dt_limit)
         meetings = meet(meetings)
         prepare("y", "norm_weight", plan.out_proj, plan.sizes.groups, eps["y"])
         number = multiply("output", plan.out_proj, number)
@@ -359,7 +393,7 @@ def _prepare(plan, refs, buffers, layer, name, weight, split, groups, eps):
     for start in range(0, turns, 8):  # so many loads under way at once
         tiles = []
         for turn in range(start, min(start + 8, turns)):
-            slot = jnp.minimum(turn * COMPUTING + warpgroup, count - 1)
+            slot = jnp.maximum(jnp.minimum(turn * COMPUTING + warpgroup, count - 1), 0)  # some again, if need be
             row = lax.rem(first + slot, split.tall) * ROWS
             channels = pl.ds(row, ROWS)
             x = load(source.at[:, channels], OPERAND, device_memory=True)
@@ -375,79 +409,94 @@ def _prepare(plan, refs, buffers, layer, name, weight, split, groups, eps):
 
 
 def _multiply(plan, refs, buffers, name, split, number):
-    """Sums over the block's tiles, 64 columns of each. `number`: of tiles that came through the ring so far."""
+    """Sums over the block's tiles. `number`: of tiles that came through the ring so far."""
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
     first, end = split.first(block), split.first(block + 1)
-    columns = pl.ds(warpgroup * 64, 64)
+    boxes = [warpgroup * (BOXES // COMPUTING) + i for i in range(BOXES // COMPUTING)]
 
     def one_column(column, number):
         start = jnp.maximum(first, column * split.tall)
         stop = jnp.minimum(end, (column + 1) * split.tall)
 
         def one_tile(tile, carry):
-            number, sums = carry
+            number, *sums = carry
             slot = lax.rem(number, plan.stages)
             plgpu.barrier_wait(buffers["filled"].at[slot])
-            weights = buffers["weights"].at[slot, warpgroup]
-            x = buffers["x"].at[lax.rem(tile - first, split.tall)]
+            x = buffers["x"].at[lax.rem(tile - first, split.tall)].transpose((1, 0))
 
-            def product(sums):
-                plgpu.wgmma(sums, weights.transpose((1, 0)), x.transpose((1, 0)))
+            def products(sums):
+                for box, accumulator in zip(boxes, sums, strict=True):
+                    plgpu.wgmma(accumulator, buffers["weights"].at[slot, box].transpose((1, 0)), x)
 
-            sums = pl.run_state(product)(plgpu.ACC.init(sums))
+            sums = pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
             _warps_meet()
             plgpu.barrier_arrive(buffers["consumed"].at[slot])
-            return number + 1, sums
+            return number + 1, *sums
 
-        number, sums = lax.fori_loop(start, stop, one_tile, (number, zeros(64, plan.filled)))
+        number, *sums = lax.fori_loop(start, stop, one_tile, (number, *(zeros(64, plan.filled) for _ in boxes)))
         part = block - split.parts(column)[0]
-        refs[name].at[column, part, columns][...] = sums
+        for box, a in zip(boxes, sums, strict=True):
+            refs[name].at[column, part, pl.ds(box * 64, 64)][...] = a
         return number
 
     columns_end = jnp.where(end > first, lax.div(end - 1, split.tall) + 1, lax.div(first, split.tall))
     return lax.fori_loop(lax.div(first, split.tall), columns_end, one_column, number)
 
 
-def _scan(plan, refs, buffers, layer, dt_limit):
-    """What lies between the projections, all but the norm: y * silu(z). The states of x move on by a token."""
-    sizes, tile = plan.sizes, plan.tile
-    warpgroup = lax.axis_index("warpgroup")
-    vectors = buffers["vectors"].at[warpgroup]
-    dtype = refs["conv_state"].dtype
+def _scan(plan, refs, buffers, layer, asked, dt_limit):
+    """What lies between the projections, all but the norm: y * silu(z). The states of x move on by a token.
 
-    def one(task):
-        row, place = lax.div(task, sizes.heads * plan.pieces), lax.rem(task, sizes.heads * plan.pieces)
-        head, piece = lax.div(place, plan.pieces), lax.rem(place, plan.pieces)
-        group = lax.div(head, sizes.heads // sizes.groups)
-        rows = pl.ds(piece * tile.rows, tile.rows)
-        state = refs["ssm_state"].at[layer, row, head, rows]
-        before = load(state, tile.layout, device_memory=True)  # asked for first: it takes longest
-        for i in range(2):
-            channel = sizes.inner + (i * sizes.groups + group) * sizes.state
-            layout = one_layer._one_each(sizes.state)
-            window = _window(plan, refs, layer, row, channel, sizes.state, layout)
-            vectors.at[i, pl.ds(0, sizes.state)][...] = _convolve(refs, layer, channel, window, layout)
-        channel = head * sizes.head_dim + piece * tile.rows
-        window = _window(plan, refs, layer, row, channel, tile.rows, tile.over_rows)
-        x = _convolve(refs, layer, channel, window, tile.over_rows)
-        _move_on(refs, layer, row, channel, window)
-        z = _sums(plan.in_proj, refs["zxbcdt"], row, channel, tile.rows, tile.over_rows)
-        z = z.astype(dtype).astype(jnp.float32)
-        dt = _sums(plan.in_proj, refs["zxbcdt"], row, sizes.inner + sizes.channels + head, None, None)
-        bias = refs["dt_bias"][layer, head] if "dt_bias" in refs else None
-        dt = step.step_size(dt.astype(dtype), bias, True, dt_limit)
-        skip = step.skip(refs["D"].at[layer] if "D" in refs else None, head, rows, tile)
+    Neighbouring pieces of the state, one after the other; what the next one needs is asked for before this one is
+    computed, and of the first one what the last phase could not change before that has ended: `asked`.
+    """
+    sizes, tile = plan.sizes, plan.tile
+    vectors = buffers["vectors"].at[lax.axis_index("warpgroup")]
+    first, end = plan.pieces_of_worker()
+
+    def ask_sums(piece):
+        at = plan.place(piece)
+        sums = functools.partial(_sums, plan.in_proj, refs["zxbcdt"], at.row)
+        return {
+            "x": sums(sizes.inner + at.channel, tile.rows, tile.over_rows),
+            "z": sums(at.channel, tile.rows, tile.over_rows),
+            "dt": sums(sizes.inner + sizes.channels + at.head, None, None),
+        }
+
+    def one(piece, asked):
+        at, before, (window, weights, bias) = plan.place(piece), asked["state"], asked["x"]
+        next_piece = jnp.minimum(piece + 1, end - 1)
+        following = _ask(plan, refs, layer, next_piece) | {"sums": ask_sums(next_piece)}
+        sums = asked["sums"]
+
+        @pl.when((piece == first) | (lax.rem(piece, sizes.heads // sizes.groups * plan.pieces) == 0))
+        def _():
+            for i in range(2):
+                channel = sizes.inner + (i * sizes.groups + at.group) * sizes.state
+                layout = one_layer._one_each(sizes.state)
+                newest = _sums(plan.in_proj, refs["zxbcdt"], at.row, sizes.inner + channel, sizes.state, layout)
+                vectors.at[i, pl.ds(0, sizes.state)][...] = _convolve(
+                    *_ask_window(refs, layer, at.row, channel, sizes.state, layout), newest
+                )
+
+        x = _convolve(window, weights, bias, sums["x"])
+        _move_on(refs, layer, at.row, at.channel, window, sums["x"])
+        bias = refs["dt_bias"][layer, at.head] if "dt_bias" in refs else None
+        dt = step.step_size(sums["dt"], bias, True, dt_limit)
+        rows = pl.ds(at.within, tile.rows)
+        skip = step.skip(refs["D"].at[layer] if "D" in refs else None, at.head, rows, tile)
         _warps_meet()
         B, C = (load(vectors.at[i, pl.ds(0, sizes.state)], tile.over_columns, device_memory=True) for i in range(2))
-        after, y = step.advance(tile, before, x, dt, refs["A"][layer, head], B, C, skip)
+        after, y = step.advance(tile, before, x, dt, refs["A"][layer, at.head], B, C, skip)
         after = after.astype(before.dtype)
-        state[...] = jnp.where(refs["active"][row] > 0, after, before) if "active" in refs else after
-        y = y.astype(dtype).astype(jnp.float32) * silu(z)
-        refs["y"].at[row, pl.ds(channel, tile.rows)][...] = y
-        in_group = lax.rem(head, sizes.heads // sizes.groups) * plan.pieces + piece
-        refs["y_squares"][group, row, in_group] = _sum_of_squares(y, tile.rows, vectors.at[2])
+        after = jnp.where(refs["active"][at.row] > 0, after, before) if "active" in refs else after
+        refs["ssm_state"].at[layer, at.row, at.head, rows][...] = after
+        y = y * silu(sums["z"])
+        refs["y"].at[at.row, pl.ds(at.channel, tile.rows)][...] = y
+        in_group = lax.rem(piece, sizes.heads // sizes.groups * plan.pieces)
+        refs["y_squares"][at.group, at.row, in_group] = _sum_of_squares(y, tile.rows, vectors.at[2])
+        return following
 
-    _share_out(plan, plan.batch * sizes.heads * plan.pieces, one)
+    lax.fori_loop(first, end, one, asked | {"sums": ask_sums(jnp.minimum(first, plan.all_pieces - 1))})
 
 
 def _add(plan, refs, buffers, layer):
@@ -455,28 +504,29 @@ def _add(plan, refs, buffers, layer):
     sizes = plan.sizes
     warpgroup = lax.axis_index("warpgroup")
     vector = buffers["vectors"].at[warpgroup, 2]
-    layout = one_layer._one_each(COLUMNS)
+    layout = one_layer._one_each(ADDED)
     residual = refs["residual"]
 
     def add(task):
-        row, column = lax.div(task, plan.out_proj.wide), lax.rem(task, plan.out_proj.wide)
-        place = residual.at[row, pl.ds(column * COLUMNS, COLUMNS)]
+        row, piece = lax.div(task, plan.width // ADDED), lax.rem(task, plan.width // ADDED)
+        place = residual.at[row, pl.ds(piece * ADDED, ADDED)]
         total = load32(place, layout)
         if layer is not None:
-            output = _sums(plan.out_proj, refs["output"], row, column * COLUMNS, COLUMNS, layout)
-            total = total + output.astype(refs["conv_state"].dtype).astype(residual.dtype).astype(jnp.float32)
-            rounded = total.astype(residual.dtype)
+            output = _sums(plan.out_proj, refs["output"], row, piece * ADDED, ADDED, layout)
+            rounded = (total + output).astype(residual.dtype)
             place[...] = rounded
             total = rounded.astype(jnp.float32)
-        refs["residual_squares"][0, row, column] = _sum_of_squares(total, COLUMNS, vector)
+        refs["residual_squares"][0, row, piece] = _sum_of_squares(total, ADDED, vector)
 
     def move_on(task):
         row, place = lax.div(task, 2 * sizes.groups), lax.rem(task, 2 * sizes.groups)
         channel = sizes.inner + place * sizes.state
         layout = one_layer._one_each(sizes.state)
-        _move_on(refs, layer, row, channel, _window(plan, refs, layer, row, channel, sizes.state, layout))
+        window, *_ = _ask_window(refs, layer, row, channel, sizes.state, layout)
+        newest = _sums(plan.in_proj, refs["zxbcdt"], row, sizes.inner + channel, sizes.state, layout)
+        _move_on(refs, layer, row, channel, window, newest)
 
-    _share_out(plan, plan.batch * plan.out_proj.wide, add)
+    _share_out(plan, plan.batch * (plan.width // ADDED), add)
     if layer is not None:
         _share_out(plan, plan.batch * 2 * sizes.groups, move_on, backwards=True)
 
@@ -489,10 +539,14 @@ def _first(a):
     return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
 
+def _worker(plan):
+    """The number of a warpgroup that computes: those of one block are far apart."""
+    return lax.axis_index("warpgroup") * plan.blocks + lax.axis_index("block")
+
+
 def _share_out(plan, tasks: int, run, backwards: bool = False) -> None:
     """`run(task)` for every task, one warpgroup each; the last ones first busy where it goes `backwards`."""
-    workers = plan.blocks * COMPUTING
-    worker = lax.axis_index("warpgroup") * plan.blocks + lax.axis_index("block")
+    workers, worker = plan.blocks * COMPUTING, _worker(plan)
     if backwards:
         worker = workers - 1 - worker
 
@@ -519,30 +573,42 @@ def _sums(split, parts, row, first, width, layout):
     return total
 
 
-def _window(plan, refs, layer, row, channel, width, layout):
-    """What the convolution sees of some channels of [x | B | C], the newest last, in its dtype."""
-    state = refs["conv_state"]
-    taps = state.shape[2]
-    window = [
-        load(state.at[layer, row, tap, pl.ds(channel, width)], layout, device_memory=True) for tap in range(taps)
-    ]
-    newest = _sums(plan.in_proj, refs["zxbcdt"], row, plan.sizes.inner + channel, width, layout)
-    return [*window, newest.astype(state.dtype)]
+def _ask(plan, refs, layer, piece):
+    """What a piece of the state needs and no other block computes."""
+    at, tile = plan.place(piece), plan.tile
+    state = refs["ssm_state"].at[layer, at.row, at.head, pl.ds(at.within, tile.rows)]
+    return {
+        "state": load(state, tile.layout, device_memory=True),
+        "x": _ask_window(refs, layer, at.row, at.channel, tile.rows, tile.over_rows),
+    }
 
 
-def _convolve(refs, layer, channel, window, layout):
-    """Rounded as if it went through memory."""
-    channels = pl.ds(channel, window[0].shape[0])
-    total = load32(refs["conv_bias"].at[layer, channels], layout) if "conv_bias" in refs else None
-    for tap, a in enumerate(window):
-        term = a.astype(jnp.float32) * load32(refs["conv_weight"].at[layer, channels, tap], layout)
+def _ask_window(refs, layer, row, channel, width, layout):
+    """Of some channels of [x | B | C]: earlier inputs of the convolution, its weights and its bias."""
+    channels = pl.ds(channel, width)
+
+    def ask(ref):
+        return load(ref, layout, device_memory=True)
+
+    taps = refs["conv_weight"].shape[2]
+    window = [ask(refs["conv_state"].at[layer, row, tap, channels]) for tap in range(taps - 1)]
+    weights = [ask(refs["conv_weight"].at[layer, channels, tap]) for tap in range(taps)]
+    return window, weights, ask(refs["conv_bias"].at[layer, channels]) if "conv_bias" in refs else None
+
+
+def _convolve(window, weights, bias, newest):
+    """In float32; the rounding of the newest input is that of the next state only."""
+    total = None if bias is None else bias.astype(jnp.float32)
+    for a, weight in zip([*window, newest], weights, strict=True):
+        term = a.astype(jnp.float32) * weight.astype(jnp.float32)
         total = term if total is None else total + term
-    return silu(total).astype(window[0].dtype).astype(jnp.float32)
+    return silu(total)
 
 
-def _move_on(refs, layer, row, channel, window):
-    """Writes the window's newest inputs back as the next state."""
-    for tap, (before, after) in enumerate(zip(window, window[1:], strict=False)):
+def _move_on(refs, layer, row, channel, window, newest):
+    """Writes the newest inputs of the convolution back as its next state."""
+    dtype = window[0].dtype
+    for tap, (before, after) in enumerate(zip(window, [*window[1:], newest.astype(dtype)], strict=True)):
         place = refs["conv_state"].at[layer, row, tap, pl.ds(channel, before.shape[0])]
         place[...] = jnp.where(refs["active"][row] > 0, after, before) if "active" in refs else after
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-COLUMNS = 128  # of the weights in one tile
-ROWS = 64
+ROWS = 64  # of the weights in one tile
+COLUMNS = 256
 
 
 class Split(NamedTuple):

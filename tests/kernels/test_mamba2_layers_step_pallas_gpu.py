@@ -1,0 +1,160 @@
+"""The Mosaic GPU backend of `mamba2_layers_step`: for real with `-m gpu`; on a CPU its plan, and that it lowers."""
+
+import types
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels.hopper import PROCESSORS
+from pallas_kernels.mamba2_layers_step.pallas_gpu import make_plan, why_not_one_launch
+from pallas_kernels.mamba2_layers_step.split import COLUMNS, ROWS, Split
+from tests.kernels.compare import jitted
+from tests.kernels.mamba2_layers_step_suite import Mamba2LayersStepSuite, problem
+from tests.kernels.ssd_step_suite import assert_nothing_is_copied, assert_overwritten
+from tests.kernels.ssd_suite import without
+
+SMALL = {"d": 128, "h": 4, "p": 64, "n": 64, "g": 2, "dtype": "bfloat16"}
+
+
+@pytest.mark.gpu
+class TestOneLaunch(Mamba2LayersStepSuite):
+    implementation = "pallas_gpu"
+    dtype = "bfloat16"
+    sizes = SMALL
+    shapes = (
+        (1, 1, 256, 4, 64, 128, 1, 4),
+        (5, 3, 640, 20, 64, 64, 2, 2),
+        (3, 8, 768, 24, 64, 128, 1, 4),
+        (2, 7, 128, 2, 128, 128, 1, 3),
+        (2, 5, 1024, 64, 32, 64, 4, 4),
+    )
+
+    def test_donated_states_are_overwritten(self):
+        arrays = {name: jnp.asarray(a) for name, a in self.arrays().items()}
+        assert_overwritten(self.step, arrays, "conv_state", "ssm_state")
+        assert_nothing_is_copied(self.step, arrays, "conv_state", "ssm_state")
+
+    def test_a_real_model(self):
+        for b in (1, 8):
+            self.check(self.arrays(layers=4, b=b, d=2560, h=80, p=64, n=128, g=1))
+
+
+@pytest.mark.gpu
+class TestLayerByLayer(Mamba2LayersStepSuite):
+    """What one launch does not take."""
+
+    implementation = "pallas_gpu"
+    sizes = SMALL | {"dtype": "float32"}
+    shapes = ((2, 3, 24, 4, 64, 64, 2, 4),)
+
+    def test_many_rows(self):
+        Mamba2LayersStepSuite.check(self, self.arrays(b=20))
+
+
+def abstract(arrays):
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arrays.items()}
+
+
+# Who is refused, and why.
+
+
+@pytest.mark.parametrize(
+    "arrays, reason",
+    [
+        (problem(**SMALL | {"dtype": "float32"}), "in_proj is float32; one launch takes bfloat16"),
+        (problem(**SMALL, b=9), "9 rows; one launch takes up to 8"),
+        (without(problem(**SMALL), "norm_weight"), "one launch takes a norm after the gate"),
+        (problem(**SMALL) | {"norm_before_gate": True}, "one launch takes a norm after the gate"),
+        (problem(**SMALL | {"n": 256}), "the state size is 256; one launch takes 64 and 128"),
+        (problem(**SMALL | {"d": 192}), "the residual is 192; one launch takes multiples of 128"),
+        (problem(**SMALL | {"h": 3, "g": 1}), "the inner width is 192; one launch takes multiples of 128"),
+        (problem(**SMALL | {"h": 8, "p": 16, "g": 4}), "a group has 32 channels; one launch takes multiples of 64"),
+        (problem(**SMALL | {"h": 2, "g": 1}), "the input projection is 386 wide; one launch takes multiples of 8"),
+    ],
+)
+def test_not_in_one_launch(arrays, reason):
+    options = {name: a for name, a in arrays.items() if isinstance(a, bool)}
+    assert why_not_one_launch(**abstract({n: a for n, a in arrays.items() if n not in options}), **options).startswith(reason)
+
+
+def test_a_device_with_too_few_processors(monkeypatch):
+    """Blocks that wait for each other must run at once."""
+    device = types.SimpleNamespace(platform="gpu", core_count=114)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert why_not_one_launch(**abstract(problem(**SMALL))) == "the device has 114 processors; one launch needs 132"
+
+
+def test_refuses_what_the_step_of_a_layer_refuses():
+    explanation = pk.explain("mamba2_layers_step", **abstract(problem(**SMALL | {"n": 96})), implementation=("pallas_gpu", "xla"))
+    assert explanation.chosen == "xla"
+    assert explanation.reasons["pallas_gpu"] == "the state size is 96; the kernel takes multiples of 64"
+
+
+# The plan.
+
+
+@pytest.mark.parametrize("rows, columns", [(2560, 10576), (5120, 2560), (64, 128), (128, 130), (640, 200), (8192, 128)])
+@pytest.mark.parametrize("blocks", [1, 7, PROCESSORS])
+def test_every_tile_has_one_block(rows, columns, blocks):
+    split = Split.of(rows, columns, blocks)
+    assert split.tall * ROWS >= rows and split.wide * COLUMNS >= columns
+    owners = [block for block in range(blocks) for _ in range(split.first(block), split.first(block + 1))]
+    assert owners == [split.block(tile) for tile in range(split.tiles)]
+    counts = np.bincount(owners, minlength=blocks)
+    assert counts.max() - counts[: split.blocks].min() <= 1 and not counts[split.blocks :].any()
+    assert split.most_rows == min(split.tall, counts.max())
+    for column in range(split.wide):
+        here = owners[column * split.tall : (column + 1) * split.tall]
+        assert split.parts(column) == (here[0], len(set(here))) and len(set(here)) <= split.most_parts
+
+
+def test_split_of_numbers_and_of_traced_numbers():
+    split = Split.of(2560, 10576, PROCESSORS)
+    for block in (0, 1, 77, 131, 132):
+        assert int(jax.jit(split.first)(block)) == split.first(block)
+    for tile in (0, 39, 40, split.tiles - 1):
+        assert int(jax.jit(split.block)(tile)) == split.block(tile)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("width, heads", [(768, 24), (1024, 32), (1536, 48), (2048, 64), (2560, 80)])
+def test_the_named_models_fit(batch, width, heads):
+    arrays = abstract(problem(layers=1, b=batch, d=width, h=heads, p=64, n=128, g=1, dtype="bfloat16"))
+    assert why_not_one_launch(**arrays) is None
+    plan = make_plan(arrays["residual"], arrays["ssm_state"], arrays["conv_weight"])
+    assert plan.stages >= 8 and plan.sizes.head_dim % plan.tile.rows == 0
+
+
+# Lowering on a machine without a GPU.
+
+
+def export(arrays) -> str:
+    unstable = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu", "mosaic_gpu_v2")]
+    step = jax.jit(lambda arrays: pk.mamba2_layers_step(**arrays, implementation="pallas_gpu"))
+    return jax.export.export(step, platforms=["cuda"], disabled_checks=unstable)(abstract(arrays)).mlir_module()
+
+
+CASES = {
+    "one row": problem(b=1, **SMALL),
+    "rows": problem(**SMALL | {"b": 8, "n": 128, "g": 1, "D": "h p"}),
+    "little": without(problem(**SMALL), "conv_bias", "D", "dt_bias"),
+    "masked": problem(**SMALL) | {"active": np.array([True, False])},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lowers_for_cuda(name):
+    """One launch, which changes the states where they are."""
+    text = export(CASES[name])
+    assert "mamba2_layers_step" in text and text.count("@mosaic_gpu") == 1
+    assert text.count("output_operand_alias<") >= 2
+
+
+def test_many_rows_go_layer_by_layer():
+    """Two launches in a loop over more layers than become straight code."""
+    text = export(problem(**SMALL, b=16, layers=5))
+    assert "mamba2_step_scan" in text and "mamba2_step_norm" in text and text.count("@mosaic_gpu") == 2
