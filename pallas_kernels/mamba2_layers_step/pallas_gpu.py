@@ -20,10 +20,12 @@ The blocks meet at a counter in device memory. They must all run at once: one fo
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -45,9 +47,7 @@ ADDED = 128  # channels of the residual that a warpgroup adds up at a time
 MOST_ROWS = 8  # of the batch in one launch
 OPTIONS = ("dt_limit", "norm_eps", "norm_before_gate", "in_norm_eps")
 
-OPERAND = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
+OPERAND = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 """[8k 64]: half a warp reads 64 neighbouring numbers of a row."""
 
 
@@ -150,6 +150,23 @@ class Plan:
         return Split.of(self.sizes.inner, self.width, self.blocks)
 
     @property
+    def products(self) -> dict[str, Split]:
+        return {"in_proj": self.in_proj, "out_proj": self.out_proj}
+
+    @property
+    def stride(self) -> int:
+        """Of the shares of `out_proj` over the blocks: one with a tile more of one product has no more of both."""
+        counts = [np.resize([*split.counts, *[0] * self.blocks], self.blocks) for split in self.products.values()]
+        strides = [stride for stride in range(1, self.blocks + 1) if math.gcd(stride, self.blocks) == 1]
+        shares = np.arange(self.blocks)
+        return min(strides, key=lambda stride: (counts[0] + counts[1][shares * stride % self.blocks]).max())
+
+    def shares(self) -> dict:
+        """This block's of both products."""
+        block = lax.axis_index("block")
+        return {"in_proj": block, "out_proj": lax.rem(block * self.stride, self.blocks)}
+
+    @property
     def tile(self) -> step.Tile:
         """What a warpgroup holds of the state of a head."""
         heads, head_dim, _, n = self.sizes
@@ -179,6 +196,10 @@ class Plan:
         row, head = lax.div(piece, sizes.heads * self.pieces), lax.rem(lax.div(piece, self.pieces), sizes.heads)
         within = lax.rem(piece, self.pieces) * self.tile.rows
         return Place(row, head, lax.div(head, sizes.heads // sizes.groups), within, head * sizes.head_dim + within)
+
+    def channels_of_B_C(self, group) -> list:
+        """The first of B and of C in [x | B | C]."""
+        return [self.sizes.inner + (i * self.sizes.groups + group) * self.sizes.state for i in range(2)]
 
     @property
     def squares(self) -> tuple[int, int]:
@@ -259,7 +280,6 @@ def _one_launch(
         "filled": plgpu.Barrier(num_arrivals=BOXES, num_barriers=plan.stages),
         "consumed": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=plan.stages),
         "here": plgpu.Barrier(num_arrivals=COMPUTING),
-        "there": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_arrivals=COMPUTING),
     }
     body = functools.partial(_body, plan, [*inputs, *state, *passed_on], dt_limit, eps)
@@ -300,36 +320,44 @@ def _body(plan, names, dt_limit, eps, *refs, **buffers):
 
 def _copy(plan, refs, buffers):
     """Keeps the ring filled, in the order in which the products use it up."""
-    block = lax.axis_index("block")
+    shares = plan.shares()
+    counts = {name: split.first(shares[name] + 1) - split.first(shares[name]) for name, split in plan.products.items()}
+    one_layer = counts["in_proj"] + counts["out_proj"]
+    total = plan.layers * one_layer
 
-    def fetch(name, split, layer, tile, number):
-        slot = lax.rem(number, plan.stages)
-        plgpu.barrier_wait(buffers["consumed"].at[slot])
+    def copy(name, layer, within, slot):
+        split = plan.products[name]
+        tile = split.first(shares[name]) + within
         row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
-
-        @pl.when(number >= AT_ONCE)
-        def _():
-            plgpu.barrier_wait(buffers["filled"].at[lax.rem(number - AT_ONCE, plan.stages)])
-
         for box in range(BOXES):
             plgpu.copy_gmem_to_smem(
                 refs[name].at[layer, pl.ds(row * ROWS, ROWS), pl.ds(column * COLUMNS + box * 64, 64)],
                 buffers["weights flat"].at[slot, box],
                 buffers["filled"].at[slot],
             )
-        return number + 1
 
-    def one_layer(layer, number):
-        for name, split in (("in_proj", plan.in_proj), ("out_proj", plan.out_proj)):
-            fetch_one = functools.partial(fetch, name, split, layer)
-            number = lax.fori_loop(split.first(block), split.first(block + 1), fetch_one, number)
-        return number
+    @pl.loop(0, total)
+    def _(number):
+        slot = lax.rem(number, plan.stages)
+        plgpu.barrier_wait(buffers["consumed"].at[slot])
 
-    lax.fori_loop(0, plan.layers, one_layer, 0)
+        @pl.when(number >= AT_ONCE)
+        def _():
+            plgpu.barrier_wait(buffers["filled"].at[lax.rem(number - AT_ONCE, plan.stages)])
+
+        layer, within = lax.div(number, one_layer), lax.rem(number, one_layer)
+
+        @pl.when(within < counts["in_proj"])
+        def _():
+            copy("in_proj", layer, within, slot)
+
+        @pl.when(within >= counts["in_proj"])
+        def _():
+            copy("out_proj", layer, within - counts["in_proj"], slot)
 
 
 def _compute(plan, refs, buffers, arrived, dt_limit, eps):
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")
 
     @pl.loop(0, plan.stages)
     def _(slot):
@@ -344,74 +372,66 @@ def _compute(plan, refs, buffers, arrived, dt_limit, eps):
         def _():
             plgpu.barrier_wait(buffers["here"])
             plgpu.semaphore_signal(arrived, memory_scope="gpu")
-            plgpu.semaphore_wait(arrived, plan.blocks * (meetings + 1), decrement=False, memory_scope="gpu")
-            plgpu.barrier_arrive(buffers["there"])
 
-        plgpu.barrier_wait(buffers["there"])
+        plgpu.semaphore_wait(arrived, plan.blocks * (meetings + 1), decrement=False, memory_scope="gpu")
         return meetings + 1
 
     def one_layer(layer, carry):
-        number, meetings = carry
-        prepare = functools.partial(_prepare, plan, refs, buffers, layer)
+        """What no other block writes is asked for before all meet, and arrives meanwhile."""
+        number, meetings, weights = carry
+        prepare = functools.partial(_prepare, plan, refs, buffers)
         multiply = functools.partial(_multiply, plan, refs, buffers)
-        prepare("residual", "in_norm_weight", plan.in_proj, 1, eps["residual"])
-        number = multiply("zxbcdt", plan.in_proj, number)
-        asked = _ask(plan, refs, layer, jnp.minimum(plan.pieces_of_worker()[0], plan.all_pieces - 1))
+        prepare("residual", "in_proj", weights, 1, eps["residual"])
+        number = multiply("zxbcdt", "in_proj", number)
+        asked = _ask_first(plan, refs, layer)
         meetings = meet(meetings)
         _scan(plan, refs, buffers, layer, asked, dt_limit)
+        weights = _ask_weights(plan, refs, layer, "norm_weight", "out_proj")
         meetings = meet(meetings)
-        prepare("y", "norm_weight", plan.out_proj, plan.sizes.groups, eps["y"])
-        number = multiply("output", plan.out_proj, number)
+        prepare("y", "out_proj", weights, plan.sizes.groups, eps["y"])
+        number = multiply("output", "out_proj", number)
         meetings = meet(meetings)
         _add(plan, refs, buffers, layer)
-        return number, meet(meetings)
+        weights = _ask_weights(plan, refs, jnp.minimum(layer + 1, plan.layers - 1), "in_norm_weight", "in_proj")
+        return number, meet(meetings), weights
 
     _add(plan, refs, buffers, None)
-    lax.fori_loop(0, plan.layers, one_layer, (0, meet(0)))
+    weights = _ask_weights(plan, refs, 0, "in_norm_weight", "in_proj")
+    lax.fori_loop(0, plan.layers, one_layer, (0, meet(0), weights))
 
 
 # The phases, by one of the warpgroups that compute.
 
 
-def _prepare(plan, refs, buffers, layer, name, weight, split, groups, eps):
-    """The rows of tiles of x that the block's products read: normalised, in the dtype of the weights."""
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+def _prepare(plan, refs, buffers, name, product, weights, groups, eps):
+    """The rows of tiles of x that the block's products read: normalised, in the dtype of the projection."""
     source, squares = refs[name], refs[f"{name}_squares"]
-    size = split.tall * ROWS // groups  # channels that a norm runs over
-    first = split.first(block)
-    count = jnp.minimum(split.first(block + 1) - first, split.tall)
-
-    def over_rows(vector):
-        return _spread(vector, plan.filled, 0)
+    size = plan.products[product].tall * ROWS // groups  # channels that a norm runs over
 
     def scale(group):
         sums = jnp.sum(load(squares.at[group], OPERAND, device_memory=True), axis=1)
-        return lax.rsqrt(sums * (1.0 / size) + eps)
+        return _spread(lax.rsqrt(sums * (1.0 / size) + eps), plan.filled, 0)
 
-    only = scale(0) if groups == 1 else None
-    turns = -(-split.most_rows // COMPUTING)
-    for start in range(0, turns, 8):  # so many loads under way at once
-        tiles = []
-        for turn in range(start, min(start + 8, turns)):
-            slot = jnp.maximum(jnp.minimum(turn * COMPUTING + warpgroup, count - 1), 0)  # some again, if need be
-            row = lax.rem(first + slot, split.tall) * ROWS
-            channels = pl.ds(row, ROWS)
-            x = load(source.at[:, channels], OPERAND, device_memory=True)
-            w = load(refs[weight].at[layer, channels], OPERAND.reduce(0), device_memory=True)
-            tiles.append((slot, row, x, w))
-        for slot, row, x, w in tiles:
+    tiles = list(_tiles_to_prepare(plan, product))
+    only = None
+    for start in range(0, len(tiles), 8):  # so many loads are under way at once
+        now = slice(start, start + 8)
+        loaded = [load(source.at[:, pl.ds(row, ROWS)], OPERAND, device_memory=True) for _, row in tiles[now]]
+        if groups == 1 and only is None:
+            only = scale(0)
+        for (slot, row), x, weight in zip(tiles[now], loaded, weights[now], strict=True):
             scales = scale(lax.div(row, size)) if only is None else only
-            x = x.astype(jnp.float32) * (over_rows(scales) * _spread(w.astype(jnp.float32), plan.filled, 1))
+            x = x.astype(jnp.float32) * (scales * _spread(weight.astype(jnp.float32), plan.filled, 1))
             buffers["x"].at[slot][...] = x.astype(jnp.bfloat16)
     plgpu.commit_smem()
     plgpu.barrier_arrive(buffers["ready"])
     plgpu.barrier_wait(buffers["ready"])
 
 
-def _multiply(plan, refs, buffers, name, split, number):
+def _multiply(plan, refs, buffers, name, product, number):
     """Sums over the block's tiles. `number`: of tiles that came through the ring so far."""
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    first, end = split.first(block), split.first(block + 1)
+    warpgroup, split, share = lax.axis_index("warpgroup"), plan.products[product], plan.shares()[product]
+    first, end = split.first(share), split.first(share + 1)
     boxes = [warpgroup * (BOXES // COMPUTING) + i for i in range(BOXES // COMPUTING)]
 
     def one_column(column, number):
@@ -434,7 +454,7 @@ def _multiply(plan, refs, buffers, name, split, number):
             return number + 1, *sums
 
         number, *sums = lax.fori_loop(start, stop, one_tile, (number, *(zeros(64, plan.filled) for _ in boxes)))
-        part = block - split.parts(column)[0]
+        part = share - split.parts(column)[0]
         for box, a in zip(boxes, sums, strict=True):
             refs[name].at[column, part, pl.ds(box * 64, 64)][...] = a
         return number
@@ -457,46 +477,47 @@ def _scan(plan, refs, buffers, layer, asked, dt_limit):
         at = plan.place(piece)
         sums = functools.partial(_sums, plan.in_proj, refs["zxbcdt"], at.row)
         return {
-            "x": sums(sizes.inner + at.channel, tile.rows, tile.over_rows),
+            "newest": sums(sizes.inner + at.channel, tile.rows, tile.over_rows),
             "z": sums(at.channel, tile.rows, tile.over_rows),
             "dt": sums(sizes.inner + sizes.channels + at.head, None, None),
         }
 
+    def convolve_B_C(at, asked):
+        for i, channel in enumerate(plan.channels_of_B_C(at.group)):
+            layout = one_layer._one_each(sizes.state)
+            newest = _sums(plan.in_proj, refs["zxbcdt"], at.row, sizes.inner + channel, sizes.state, layout)
+            vectors.at[i, pl.ds(0, sizes.state)][...] = _convolve(*asked[i], newest)
+
     def one(piece, asked):
-        at, before, (window, weights, bias) = plan.place(piece), asked["state"], asked["x"]
+        at = plan.place(piece)
         next_piece = jnp.minimum(piece + 1, end - 1)
-        following = _ask(plan, refs, layer, next_piece) | {"sums": ask_sums(next_piece)}
-        sums = asked["sums"]
+        following = _ask(plan, refs, layer, next_piece) | ask_sums(next_piece)
 
-        @pl.when((piece == first) | (lax.rem(piece, sizes.heads // sizes.groups * plan.pieces) == 0))
+        @pl.when((piece > first) & (lax.rem(piece, sizes.heads // sizes.groups * plan.pieces) == 0))
         def _():
-            for i in range(2):
-                channel = sizes.inner + (i * sizes.groups + at.group) * sizes.state
-                layout = one_layer._one_each(sizes.state)
-                newest = _sums(plan.in_proj, refs["zxbcdt"], at.row, sizes.inner + channel, sizes.state, layout)
-                vectors.at[i, pl.ds(0, sizes.state)][...] = _convolve(
-                    *_ask_window(refs, layer, at.row, channel, sizes.state, layout), newest
-                )
+            convolve_B_C(at, _ask_B_C(plan, refs, layer, at))
 
-        x = _convolve(window, weights, bias, sums["x"])
-        _move_on(refs, layer, at.row, at.channel, window, sums["x"])
-        bias = refs["dt_bias"][layer, at.head] if "dt_bias" in refs else None
-        dt = step.step_size(sums["dt"], bias, True, dt_limit)
-        rows = pl.ds(at.within, tile.rows)
-        skip = step.skip(refs["D"].at[layer] if "D" in refs else None, at.head, rows, tile)
+        before, window = asked["state"], asked["x"][0]
+        x = _convolve(*asked["x"], asked["newest"])
+        _move_on(refs, layer, at.row, at.channel, window, asked["newest"], asked["active"])
+        dt = step.step_size(asked["dt"], asked["dt_bias"], True, dt_limit)
         _warps_meet()
         B, C = (load(vectors.at[i, pl.ds(0, sizes.state)], tile.over_columns, device_memory=True) for i in range(2))
-        after, y = step.advance(tile, before, x, dt, refs["A"][layer, at.head], B, C, skip)
+        after, y = step.advance(tile, before, x, dt, asked["A"], B, C, asked["D"])
         after = after.astype(before.dtype)
-        after = jnp.where(refs["active"][at.row] > 0, after, before) if "active" in refs else after
-        refs["ssm_state"].at[layer, at.row, at.head, rows][...] = after
-        y = y * silu(sums["z"])
+        state = refs["ssm_state"].at[layer, at.row, at.head, pl.ds(at.within, tile.rows)]
+        state[...] = after if asked["active"] is None else jnp.where(asked["active"] > 0, after, before)
+        y = y * silu(asked["z"])
         refs["y"].at[at.row, pl.ds(at.channel, tile.rows)][...] = y
         in_group = lax.rem(piece, sizes.heads // sizes.groups * plan.pieces)
         refs["y_squares"][at.group, at.row, in_group] = _sum_of_squares(y, tile.rows, vectors.at[2])
         return following
 
-    lax.fori_loop(first, end, one, asked | {"sums": ask_sums(jnp.minimum(first, plan.all_pieces - 1))})
+    asked, asked_B_C = asked
+    piece = jnp.minimum(first, plan.all_pieces - 1)
+    asked = asked | ask_sums(piece)
+    convolve_B_C(plan.place(piece), asked_B_C)
+    lax.fori_loop(first, end, one, asked)
 
 
 def _add(plan, refs, buffers, layer):
@@ -524,7 +545,7 @@ def _add(plan, refs, buffers, layer):
         layout = one_layer._one_each(sizes.state)
         window, *_ = _ask_window(refs, layer, row, channel, sizes.state, layout)
         newest = _sums(plan.in_proj, refs["zxbcdt"], row, sizes.inner + channel, sizes.state, layout)
-        _move_on(refs, layer, row, channel, window, newest)
+        _move_on(refs, layer, row, channel, window, newest, refs["active"][row] if "active" in refs else None)
 
     _share_out(plan, plan.batch * (plan.width // ADDED), add)
     if layer is not None:
@@ -573,14 +594,48 @@ def _sums(split, parts, row, first, width, layout):
     return total
 
 
+def _tiles_to_prepare(plan, product):
+    """(place in shared memory, first row) of the tiles of x that this warpgroup prepares."""
+    split, share = plan.products[product], plan.shares()[product]
+    first = split.first(share)
+    count = jnp.minimum(split.first(share + 1) - first, split.tall)
+    for turn in range(-(-split.most_rows // COMPUTING)):
+        slot = turn * COMPUTING + lax.axis_index("warpgroup")
+        slot = jnp.maximum(jnp.minimum(slot, count - 1), 0)  # some again, if need be
+        yield slot, lax.rem(first + slot, split.tall) * ROWS
+
+
+def _ask_weights(plan, refs, layer, name, product):
+    """Of the norm before a projection."""
+    layout = OPERAND.reduce(0)
+    rows = [row for _, row in _tiles_to_prepare(plan, product)]
+    return [load(refs[name].at[layer, pl.ds(row, ROWS)], layout, device_memory=True) for row in rows]
+
+
+def _ask_first(plan, refs, layer):
+    """What a warpgroup needs for the first piece of the state that it holds."""
+    piece = jnp.minimum(plan.pieces_of_worker()[0], plan.all_pieces - 1)
+    return _ask(plan, refs, layer, piece), _ask_B_C(plan, refs, layer, plan.place(piece))
+
+
 def _ask(plan, refs, layer, piece):
-    """What a piece of the state needs and no other block computes."""
+    """What a piece of the state needs and no other block writes."""
     at, tile = plan.place(piece), plan.tile
-    state = refs["ssm_state"].at[layer, at.row, at.head, pl.ds(at.within, tile.rows)]
+    rows = pl.ds(at.within, tile.rows)
     return {
-        "state": load(state, tile.layout, device_memory=True),
+        "state": load(refs["ssm_state"].at[layer, at.row, at.head, rows], tile.layout, device_memory=True),
         "x": _ask_window(refs, layer, at.row, at.channel, tile.rows, tile.over_rows),
+        "A": refs["A"][layer, at.head],
+        "dt_bias": refs["dt_bias"][layer, at.head] if "dt_bias" in refs else None,
+        "D": step.skip(refs["D"].at[layer] if "D" in refs else None, at.head, rows, tile),
+        "active": refs["active"][at.row] if "active" in refs else None,
     }
+
+
+def _ask_B_C(plan, refs, layer, at):
+    layout = one_layer._one_each(plan.sizes.state)
+    channels = plan.channels_of_B_C(at.group)
+    return [_ask_window(refs, layer, at.row, channel, plan.sizes.state, layout) for channel in channels]
 
 
 def _ask_window(refs, layer, row, channel, width, layout):
@@ -605,12 +660,12 @@ def _convolve(window, weights, bias, newest):
     return silu(total)
 
 
-def _move_on(refs, layer, row, channel, window, newest):
+def _move_on(refs, layer, row, channel, window, newest, active):
     """Writes the newest inputs of the convolution back as its next state."""
     dtype = window[0].dtype
     for tap, (before, after) in enumerate(zip(window, [*window[1:], newest.astype(dtype)], strict=True)):
         place = refs["conv_state"].at[layer, row, tap, pl.ds(channel, before.shape[0])]
-        place[...] = jnp.where(refs["active"][row] > 0, after, before) if "active" in refs else after
+        place[...] = after if active is None else jnp.where(active > 0, after, before)
 
 
 def _sum_of_squares(vector, width, buffer):

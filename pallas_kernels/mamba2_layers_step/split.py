@@ -12,39 +12,39 @@ COLUMNS = 256
 class Split(NamedTuple):
     """x [rows] @ weights [rows columns], cut into tiles of ROWS x COLUMNS that are numbered along the rows first.
 
-    Each block takes equally many neighbouring tiles, give or take one. So it multiplies with few columns of tiles, and
-    the sums of one column of tiles lie in few parts: one for each block that had a share in it. No block of `blocks` is
-    without a tile; those that are numbered beyond it are.
+    Each share has equally many neighbouring tiles, give or take one. So whoever has it multiplies with few columns of
+    tiles, and the sums of one column of tiles lie in few parts: one for each share that reaches into it.
     """
 
     tall: int
     """Tiles one below the other."""
     wide: int
     """Tiles next to each other."""
-    blocks: int
+    shares: int
+    """No share is empty, but those from here on are."""
 
     @classmethod
-    def of(cls, rows: int, columns: int, blocks: int) -> "Split":
+    def of(cls, rows: int, columns: int, shares: int) -> "Split":
         tall, wide = -(-rows // ROWS), -(-columns // COLUMNS)
-        return cls(tall, wide, min(blocks, tall * wide))
+        return cls(tall, wide, min(shares, tall * wide))
 
     @property
     def tiles(self) -> int:
         return self.tall * self.wide
 
-    def first(self, block):
-        """The first tile of a block; the last one comes before the first of the next block."""
-        block = min(block, self.blocks) if isinstance(block, int) else jnp.minimum(block, self.blocks)
-        return _div(block * self.tiles, self.blocks)
+    def first(self, share):
+        """The first tile of a share; the last one comes before the first of the next share."""
+        share = min(share, self.shares) if isinstance(share, int) else jnp.minimum(share, self.shares)
+        return _div(share * self.tiles, self.shares)
 
-    def block(self, tile):
-        """Who has a tile."""
-        return _div((tile + 1) * self.blocks - 1, self.tiles)
+    def share(self, tile):
+        """Which one has a tile."""
+        return _div((tile + 1) * self.shares - 1, self.tiles)
 
     def parts(self, column):
-        """(first block, number of blocks) that have tiles of a column of tiles."""
-        first = self.block(column * self.tall)
-        return first, self.block(column * self.tall + self.tall - 1) - first + 1
+        """(first share, number of shares) that have tiles of a column of tiles."""
+        first = self.share(column * self.tall)
+        return first, self.share(column * self.tall + self.tall - 1) - first + 1
 
     @property
     def most_parts(self) -> int:
@@ -52,9 +52,13 @@ class Split(NamedTuple):
 
     @property
     def most_rows(self) -> int:
-        """How many rows of tiles a block meets at most."""
-        most = max(self.first(block + 1) - self.first(block) for block in range(self.blocks))
-        return min(self.tall, most)
+        """How many rows of tiles a share meets at most."""
+        return min(self.tall, max(self.counts))
+
+    @property
+    def counts(self) -> list[int]:
+        """Tiles of each share."""
+        return [self.first(share + 1) - self.first(share) for share in range(self.shares)]
 
 
 def _div(a, b):

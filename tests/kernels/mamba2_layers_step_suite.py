@@ -71,7 +71,9 @@ class Mamba2LayersStepSuite:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_residual_dtype(self, dtype):
         arrays = self.arrays(D="h p")
-        self.check(arrays | {"residual": arrays["residual"].astype(jnp.dtype(dtype))} if self.dtype == dtype else arrays)
+        self.check(
+            arrays | {"residual": arrays["residual"].astype(jnp.dtype(dtype))} if self.dtype == dtype else arrays
+        )
 
     @pytest.mark.parametrize("omitted", [("conv_bias",), ("D",), ("dt_bias",), ("conv_bias", "D", "dt_bias")])
     def test_without_optional_arguments(self, omitted):
@@ -94,7 +96,7 @@ class Mamba2LayersStepSuite:
 
     def test_rows_do_not_depend_on_each_other(self):
         arrays = self.arrays(b=3)
-        residual, *states = self.step(**arrays)
+        residual, *_ = self.step(**arrays)
         for row in range(3):
             alone = {name: arrays[name][:, row : row + 1] for name in ("conv_state", "ssm_state")}
             actual, *_ = self.step(**arrays | alone | {"residual": arrays["residual"][row : row + 1]})
