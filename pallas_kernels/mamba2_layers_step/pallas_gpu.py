@@ -271,7 +271,7 @@ def _one_launch(
         "y": (filled, sizes.inner),
         "output": (plan.out_proj.wide, plan.out_proj.most_parts, COLUMNS, filled),
     }
-    state = {name: jax.new_ref(a) for name, a in state.items()}
+    passed_on = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in passed_on.items()}
     eps = {"residual": in_norm_eps, "y": norm_eps}
     shared = {
         "weights": square(jnp.bfloat16, plan.stages, BOXES),
@@ -283,9 +283,16 @@ def _one_launch(
         "ready": plgpu.Barrier(num_arrivals=COMPUTING),
     }
     body = functools.partial(_body, plan, [*inputs, *state, *passed_on], dt_limit, eps)
+    state = _launch(plan, body, inputs, state, passed_on, shared)
+    return state["residual"][: plan.batch], state["conv_state"], state["ssm_state"]
+
+
+def _launch(plan, body, inputs: dict, state: dict, passed_on: dict, shared: dict) -> dict:
+    """`state` as `body` leaves it, which every warpgroup runs; `passed_on` is memory for what blocks tell each other."""
+    state = {name: jax.new_ref(a) for name, a in state.items()}
     pl.kernel(
         lambda *refs: pl.run_scoped(functools.partial(body, *refs), collective_axes="warpgroup", **shared),
-        out_type=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in passed_on.values()],
+        out_type=list(passed_on.values()),
         mesh=plgpu.Mesh(
             grid=(plan.blocks,),
             grid_names=("block",),
@@ -300,7 +307,7 @@ def _one_launch(
         ),
         name="mamba2_layers_step",
     )(*inputs.values(), *state.values())
-    return jax.freeze(state["residual"])[: plan.batch], jax.freeze(state["conv_state"]), jax.freeze(state["ssm_state"])
+    return {name: jax.freeze(ref) for name, ref in state.items()}
 
 
 def _body(plan, names, dt_limit, eps, *refs, **buffers):

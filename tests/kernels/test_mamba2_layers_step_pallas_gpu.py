@@ -1,5 +1,6 @@
 """The Mosaic GPU backend of `mamba2_layers_step`: for real with `-m gpu`; on a CPU its plan, and that it lowers."""
 
+import dataclasses
 import types
 
 import jax
@@ -10,9 +11,14 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.hopper import PROCESSORS
+from pallas_kernels.mamba2_layers_step import pallas_gpu
 from pallas_kernels.mamba2_layers_step.pallas_gpu import make_plan, why_not_one_launch
 from pallas_kernels.mamba2_layers_step.split import COLUMNS, ROWS, Split
-from tests.kernels.mamba2_layers_step_suite import Mamba2LayersStepSuite, problem
+from pallas_kernels.ssd.pallas_gpu import step as ssd_step
+from pallas_kernels.ssd.pallas_gpu import tiles
+from tests.kernels import warpgroup_emulation
+from tests.kernels.compare import BOUNDS, assert_as_exact, assert_close, exactly, jitted, named
+from tests.kernels.mamba2_layers_step_suite import OUTPUTS, Mamba2LayersStepSuite, problem
 from tests.kernels.ssd_step_suite import assert_nothing_is_copied, assert_overwritten
 from tests.kernels.ssd_suite import without
 
@@ -134,6 +140,66 @@ def test_the_named_models_fit(batch, width, heads):
     assert why_not_one_launch(**arrays) is None
     plan = make_plan(arrays["residual"], arrays["ssm_state"], arrays["conv_weight"])
     assert plan.stages >= 4 and plan.sizes.head_dim % plan.tile.rows == 0
+
+
+# The body itself, on a CPU.
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """One launch with so many blocks, warpgroup by warpgroup in NumPy."""
+
+    def step(blocks, **arguments):
+        def launch(plan, body, inputs, state, passed_on, shared):
+            state = {name: np.array(a) for name, a in state.items()}
+            between = [np.full(a.shape, np.nan, a.dtype) for a in passed_on.values()]
+            refs = [*map(np.array, inputs.values()), *state.values(), *between]
+            modules = (pallas_gpu, ssd_step, tiles)
+            warpgroup_emulation.run(
+                monkeypatch, modules, body, refs, shared, blocks=plan.blocks, warpgroups=pallas_gpu.COMPUTING + 1
+            )
+            return state
+
+        monkeypatch.setattr(pallas_gpu, "make_plan", lambda *args: dataclasses.replace(make_plan(*args), blocks=blocks))
+        monkeypatch.setattr(pallas_gpu, "_launch", launch)
+        return pallas_gpu._one_launch(**arguments)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    "blocks, sizes, options",
+    [
+        (1, {"layers": 2, "b": 1}, {}),
+        (3, {"layers": 3, "b": 3}, {"in_norm_eps": 2.0, "norm_eps": 3.0}),
+        (5, {"layers": 2, "b": 8, "n": 128, "g": 1, "D": "h p"}, {"dt_limit": (0.05, 0.2)}),
+        (13, {"layers": 2, "b": 2, "d": 640}, {}),  # more than out_proj has tiles
+    ],
+)
+def test_body(emulated, blocks, sizes, options):
+    arrays = problem(**SMALL | sizes)
+    actual = named(emulated(blocks, **arrays, **options), *OUTPUTS)
+    exact = named(exactly(pk.mamba2_layers_step, **arrays, **options), *OUTPUTS)
+    loop = named(jitted(pk.mamba2_layers_step, implementation="xla", **arrays, **options), *OUTPUTS)
+    assert_as_exact(actual, loop, exact, "bfloat16")
+
+
+def test_body_without_optional_arguments(emulated):
+    arrays = without(problem(**SMALL), "conv_bias", "D", "dt_bias")
+    actual = named(emulated(2, **arrays), *OUTPUTS)
+    assert_close(actual, named(exactly(pk.mamba2_layers_step, **arrays), *OUTPUTS), BOUNDS["bfloat16"])
+
+
+def test_body_keeps_the_states_of_rows_that_are_not_active(emulated):
+    arrays = problem(**SMALL | {"b": 3})
+    arrays["residual"][1] = np.nan
+    active = np.array([True, False, True])
+    residual, *states = emulated(2, **arrays, active=jnp.asarray(active))
+    expected, *expected_states = jitted(pk.mamba2_layers_step, **arrays, active=active)
+    assert_close(named(residual[active], "a"), named(expected[active], "a"), BOUNDS["bfloat16"])
+    for name, a, e in zip(OUTPUTS[1:], states, expected_states, strict=True):
+        np.testing.assert_array_equal(a[:, 1], arrays[name][:, 1])
+        assert_close(named(a[:, active], name), named(e[:, active], name), BOUNDS["bfloat16"])
 
 
 # Lowering on a machine without a GPU.
