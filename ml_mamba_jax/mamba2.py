@@ -175,14 +175,16 @@ class Mamba2(nn.Module):
         """One token through all blocks at once: what a loop over them computes, from the same parameters."""
         config, blocks = self.config, self.blocks.variables["params"]
         mixer = blocks["mixer"]
+        in_proj, in_proj_scale = _weights_and_scale(mixer["in_proj"]["kernel"])
+        out_proj, out_proj_scale = _weights_and_scale(mixer["out_proj"]["kernel"])
         residual, *state = pk.mamba2_layers_step(
             residual,
             *state,
             blocks["norm"]["scale"],
-            mixer["in_proj"]["kernel"],
+            in_proj,
             mixer["conv_weight"],
             -jnp.exp(mixer["A_log"].astype(jnp.float32)),
-            mixer["out_proj"]["kernel"],
+            out_proj,
             conv_bias=mixer["conv_bias"],
             D=mixer["D"],
             dt_bias=mixer["dt_bias"],
@@ -191,6 +193,8 @@ class Mamba2(nn.Module):
             norm_eps=config.mixer.norm_eps,
             norm_before_gate=config.mixer.norm_before_gate,
             in_norm_eps=config.norm_eps,
+            in_proj_scale=in_proj_scale,
+            out_proj_scale=out_proj_scale,
             active=active,
         )
         return residual, MambaState(*state)
@@ -199,6 +203,11 @@ class Mamba2(nn.Module):
         """float32 logits over the padded vocabulary."""
         table = self.embedding.T if self.config.tie_embeddings else self.head
         return jnp.matmul(hidden, table.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+def _weights_and_scale(kernel: Array | tuple[Array, Array]) -> tuple[Array, Array | None]:
+    """Of a projection; one that is quantised is a pair of both."""
+    return kernel if isinstance(kernel, tuple) else (kernel, None)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -2,8 +2,9 @@
 
 import functools
 
+import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int8
 
 from pallas_kernels.dispatch import Implementation, Op
 from pallas_kernels.mamba2_layers_step.by_layers import by_layers
@@ -20,10 +21,10 @@ def mamba2_layers_step(
     conv_state: Float[Array, "layers b _ c"],
     ssm_state: Float[Array, "layers b h p n"],
     in_norm_weight: Float[Array, "layers d"],
-    in_proj: Float[Array, "layers d e"],
+    in_proj: Float[Array, "layers d e"] | Int8[Array, "layers d e"],
     conv_weight: Float[Array, "layers c w"],
     A: Float[Array, "layers h"],
-    out_proj: Float[Array, "layers h*p d"],
+    out_proj: Float[Array, "layers h*p d"] | Int8[Array, "layers h*p d"],
     *,
     conv_bias: Float[Array, "layers c"] | None = None,
     D: Float[Array, "layers h"] | Float[Array, "layers h p"] | None = None,
@@ -33,6 +34,8 @@ def mamba2_layers_step(
     norm_eps: float = 1e-5,
     norm_before_gate: bool = False,
     in_norm_eps: float = 1e-5,
+    in_proj_scale: Float[Array, "layers e"] | None = None,
+    out_proj_scale: Float[Array, "layers d"] | None = None,
     active: Bool[Array, "b"] | None = None,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "b d"], Float[Array, "layers b w-1 c"], Float[Array, "layers b h p n"]]:
@@ -47,6 +50,7 @@ def mamba2_layers_step(
         conv_state: its dtype is that of the computation; projections are converted to it where they have another one.
         in_norm_weight: of the norm before `in_proj`, whose epsilon is `in_norm_eps`.
         conv_bias, D, dt_bias, dt_limit, norm_weight, norm_eps, norm_before_gate: as for `mamba2_step`, of all layers.
+        in_proj_scale, out_proj_scale: the products are multiplied by them, in float32. Projections in int8 need them.
         active: rows for which it is false keep their states, and their residual is of no use; all by default.
         implementation: see `pallas_kernels.dispatch`. Inside `use_mesh` it is that of the `mamba2_step` of each layer,
             and XLA splits the projections.
@@ -81,6 +85,14 @@ def mamba2_layers_step(
         check_shape("dt_bias", dt_bias, "layers h", (layers, heads))
     if norm_weight is not None:
         check_shape("norm_weight", norm_weight, "layers h*p", (layers, inner))
+    for name, weights, scale, columns in (
+        ("in_proj", in_proj, in_proj_scale, sizes.projected),
+        ("out_proj", out_proj, out_proj_scale, width),
+    ):
+        if scale is not None:
+            check_shape(f"{name}_scale", scale, "layers e" if name == "in_proj" else "layers d", (layers, columns))
+        elif weights.dtype == jnp.int8:
+            raise ValueError(f"{name}: got int8, expected {name}_scale with it; pass the scale of each of its columns")
     if active is not None:
         check_shape("active", active, "b", (batch,))
     step = functools.partial(MAMBA2_LAYERS_STEP, implementation)
@@ -103,5 +115,7 @@ def mamba2_layers_step(
         norm_eps=norm_eps,
         norm_before_gate=norm_before_gate,
         in_norm_eps=in_norm_eps,
+        in_proj_scale=in_proj_scale,
+        out_proj_scale=out_proj_scale,
         active=active,
     )

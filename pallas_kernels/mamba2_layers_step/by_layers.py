@@ -28,6 +28,8 @@ def by_layers(mamba2_step: Callable) -> Callable:
         D=None,
         dt_bias=None,
         norm_weight=None,
+        in_proj_scale=None,
+        out_proj_scale=None,
         in_norm_eps=1e-5,
         active=None,
         **options,
@@ -43,6 +45,8 @@ def by_layers(mamba2_step: Callable) -> Callable:
             "D": D,
             "dt_bias": dt_bias,
             "norm_weight": norm_weight,
+            "in_proj_scale": in_proj_scale,
+            "out_proj_scale": out_proj_scale,
         }
         stacks = {name: a for name, a in stacks.items() if a is not None}
 
@@ -51,10 +55,10 @@ def by_layers(mamba2_step: Callable) -> Callable:
             residual = keep_split(residual, "b d")
             layer, weights = inputs
             u = rms_norm(residual, weights.pop("in_norm_weight"), in_norm_eps, dtype)
-            zxbcdt = u @ weights.pop("in_proj").astype(dtype)
-            out_proj = weights.pop("out_proj").astype(dtype)
+            zxbcdt = product(u, weights.pop("in_proj"), weights.pop("in_proj_scale", None))
+            out_proj = weights.pop("out_proj"), weights.pop("out_proj_scale", None)
             y, *states = mamba2_step(*states, zxbcdt, **weights, layer=layer, active=active, **options)
-            return (residual + (y @ out_proj).astype(residual.dtype), *states), None
+            return (residual + product(y, *out_proj).astype(residual.dtype), *states), None
 
         layers = in_proj.shape[0]
         numbers = jnp.arange(layers, dtype=jnp.int32)
@@ -63,6 +67,15 @@ def by_layers(mamba2_step: Callable) -> Callable:
         return carry
 
     return mamba2_layers_step
+
+
+def product(x, weights, scale=None):
+    """In the dtype of x; that of quantised weights is scaled in float32 at least."""
+    if scale is None:
+        return x @ weights.astype(x.dtype)
+    accumulated = jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.matmul(x, weights.astype(x.dtype), preferred_element_type=accumulated)
+    return (y * scale[None]).astype(x.dtype)
 
 
 def rms_norm(x, weight, eps: float, dtype):

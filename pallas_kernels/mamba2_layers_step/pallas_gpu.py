@@ -42,13 +42,18 @@ from pallas_kernels.ssd.pallas_gpu.tiles import SHARED_MEMORY, operand, square, 
 
 COMPUTING = 2  # warpgroups of a block that compute
 BOXES = COLUMNS // 64  # a tile of weights is so many squares of 64 x 64 next to each other
-AT_ONCE = 2  # tiles of weights on their way: enough for the memory, and no more, for others wait behind them
+AT_ONCE = 2 * 64 * COLUMNS * 2  # bytes of weights on their way: enough for the memory; others wait behind them
 ADDED = 128  # channels of the residual that a warpgroup adds up at a time
 MOST_ROWS = 8  # of the batch in one launch
+PRODUCTS = {"in_proj": "zxbcdt", "out_proj": "output"}
 OPTIONS = ("dt_limit", "norm_eps", "norm_before_gate", "in_norm_eps")
 
 OPERAND = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 """[8k 64]: half a warp reads 64 neighbouring numbers of a row."""
+CONVERTED = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+"""[64 64]: 16 bytes of each thread at a time, when they are bfloat16."""
 
 
 def why_not_mamba2_layers_step(
@@ -79,6 +84,8 @@ def why_not_one_launch(
     *,
     norm_weight=None,
     norm_before_gate=False,
+    in_proj_scale=None,
+    out_proj_scale=None,
     **_,
 ) -> str | None:
     """Why a loop over layers runs instead."""
@@ -86,9 +93,13 @@ def why_not_one_launch(
     batch, width = residual.shape
     if batch > MOST_ROWS:
         return f"{batch} rows; one launch takes up to {MOST_ROWS}, beyond them the states outweigh the weights"
-    for name, a in {"in_proj": in_proj, "out_proj": out_proj, "conv_state": conv_state}.items():
-        if a.dtype != jnp.bfloat16:
-            return f"{name} is {a.dtype}; one launch takes bfloat16"
+    if conv_state.dtype != jnp.bfloat16:
+        return f"the convolution state is {conv_state.dtype}; one launch takes bfloat16"
+    for name, a, scale in (("in_proj", in_proj, in_proj_scale), ("out_proj", out_proj, out_proj_scale)):
+        if a.dtype not in (jnp.bfloat16, jnp.int8) or a.dtype != in_proj.dtype:
+            return f"{name} is {a.dtype}; one launch takes both projections in bfloat16, or both in int8"
+        if (scale is not None) != (a.dtype == jnp.int8):
+            return f"{name} is {a.dtype} {'with' if scale is not None else 'without'} a scale; one launch takes int8 with one"
     if norm_weight is None or norm_before_gate:
         return "one launch takes a norm after the gate"
     if sizes.state not in (64, 128):
@@ -98,8 +109,9 @@ def why_not_one_launch(
             return f"{name} is {size}; one launch takes multiples of {ADDED}"
     if sizes.inner // sizes.groups % ROWS:
         return f"a group has {sizes.inner // sizes.groups} channels; one launch takes multiples of {ROWS}"
-    if sizes.projected % 8:
-        return f"the input projection is {sizes.projected} wide; one launch takes multiples of 8"
+    aligned = 16 // in_proj.dtype.itemsize  # rows of copies begin at multiples of 16 bytes
+    if sizes.projected % aligned:
+        return f"the input projection is {sizes.projected} wide; one launch takes multiples of {aligned}"
     device = jax.devices()[0]
     if device.platform == "gpu" and device.core_count < PROCESSORS:
         return f"the device has {device.core_count} processors; one launch needs {PROCESSORS}"
@@ -139,7 +151,22 @@ class Plan:
     """Rows of the batch, filled up to a multiple of 8."""
     width: int
     sizes: Sizes
+    dtype: jnp.dtype
+    """Of the projections."""
     blocks: int = PROCESSORS
+
+    @property
+    def quantized(self) -> bool:
+        return self.dtype == jnp.int8
+
+    @property
+    def bytes_of_tile(self) -> int:
+        return ROWS * COLUMNS * self.dtype.itemsize
+
+    @property
+    def at_once(self) -> int:
+        """Tiles of weights on their way."""
+        return AT_ONCE // self.bytes_of_tile
 
     @property
     def in_proj(self) -> Split:
@@ -216,12 +243,14 @@ class Plan:
         """Tiles of weights that fit into shared memory."""
         vectors = COMPUTING * 3 * 128 * 4
         taken = self.operand_tiles * self.filled * ROWS * 2 + vectors + 6 * 1024
-        return min(6, (SHARED_MEMORY - taken) // (ROWS * COLUMNS * 2))
+        taken += ROWS * COLUMNS * 2 if self.quantized else 0  # one of them in bfloat16
+        return min(10, (SHARED_MEMORY - taken) // self.bytes_of_tile)
 
 
-def make_plan(residual, ssm_state, conv_weight) -> Plan:
+def make_plan(residual, ssm_state, conv_weight, in_proj) -> Plan:
     batch, width = residual.shape
-    return Plan(ssm_state.shape[0], batch, -(-batch // 8) * 8, width, split_sizes(ssm_state, _first(conv_weight)))
+    sizes = split_sizes(ssm_state, _first(conv_weight))
+    return Plan(ssm_state.shape[0], batch, -(-batch // 8) * 8, width, sizes, jnp.dtype(in_proj.dtype))
 
 
 def _one_launch(
@@ -237,13 +266,15 @@ def _one_launch(
     D=None,
     dt_bias=None,
     norm_weight=None,
+    in_proj_scale=None,
+    out_proj_scale=None,
     active=None,
     dt_limit=(0.0, float("inf")),
     norm_eps=1e-5,
     norm_before_gate=False,
     in_norm_eps=1e-5,
 ):
-    plan = make_plan(residual, ssm_state, conv_weight)
+    plan = make_plan(residual, ssm_state, conv_weight, in_proj)
     sizes, filled = plan.sizes, plan.filled
     inputs = {
         "in_norm_weight": in_norm_weight,
@@ -255,6 +286,8 @@ def _one_launch(
         "dt_bias": dt_bias,
         "norm_weight": norm_weight,
         "out_proj": out_proj,
+        "in_proj_scale": in_proj_scale,
+        "out_proj_scale": out_proj_scale,
         "active": None if active is None else active.astype(jnp.int32),
     }
     inputs = {name: a for name, a in inputs.items() if a is not None}
@@ -274,17 +307,26 @@ def _one_launch(
     passed_on = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in passed_on.items()}
     eps = {"residual": in_norm_eps, "y": norm_eps}
     shared = {
-        "weights": square(jnp.bfloat16, plan.stages, BOXES),
+        "weights": _ring(plan),
         "x": operand(jnp.bfloat16, plan.operand_tiles, filled, ROWS),
         "vectors": plgpu.SMEM((COMPUTING, 3, 128), jnp.float32),
-        "filled": plgpu.Barrier(num_arrivals=BOXES, num_barriers=plan.stages),
+        "filled": plgpu.Barrier(num_arrivals=1 if plan.quantized else BOXES, num_barriers=plan.stages),
         "consumed": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=plan.stages),
         "here": plgpu.Barrier(num_arrivals=COMPUTING),
         "ready": plgpu.Barrier(num_arrivals=COMPUTING),
     }
+    if plan.quantized:
+        shared["converted"] = operand(jnp.bfloat16, BOXES, ROWS, 64)
     body = functools.partial(_body, plan, [*inputs, *state, *passed_on], dt_limit, eps)
     state = _launch(plan, body, inputs, state, passed_on, shared)
     return state["residual"][: plan.batch], state["conv_state"], state["ssm_state"]
+
+
+def _ring(plan):
+    """Tiles of weights: in bfloat16 as wgmma reads them, and as copies write them."""
+    if plan.quantized:
+        return plgpu.SMEM((plan.stages, ROWS, COLUMNS), jnp.int8)
+    return square(jnp.bfloat16, plan.stages, BOXES)
 
 
 def _launch(plan, body, inputs: dict, state: dict, passed_on: dict, shared: dict) -> dict:
@@ -312,7 +354,8 @@ def _launch(plan, body, inputs: dict, state: dict, passed_on: dict, shared: dict
 
 def _body(plan, names, dt_limit, eps, *refs, **buffers):
     refs = dict(zip(names, refs, strict=True))
-    buffers["weights"], buffers["weights flat"] = buffers["weights"]
+    if not plan.quantized:
+        buffers["weights"], buffers["weights flat"] = buffers["weights"]
     arrived = pl.get_global(plgpu.SemaphoreType.REGULAR)
     warpgroup = lax.axis_index("warpgroup")
 
@@ -336,21 +379,26 @@ def _copy(plan, refs, buffers):
         split = plan.products[name]
         tile = split.first(shares[name]) + within
         row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
-        for box in range(BOXES):
-            plgpu.copy_gmem_to_smem(
-                refs[name].at[layer, pl.ds(row * ROWS, ROWS), pl.ds(column * COLUMNS + box * 64, 64)],
-                buffers["weights flat"].at[slot, box],
-                buffers["filled"].at[slot],
-            )
+
+        def part(first, width, target):
+            columns = pl.ds(column * COLUMNS + first, width)
+            source = refs[name].at[layer, pl.ds(row * ROWS, ROWS), columns]
+            plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
+
+        if plan.quantized:
+            part(0, COLUMNS, buffers["weights"].at[slot])
+        else:
+            for box in range(BOXES):
+                part(box * 64, 64, buffers["weights flat"].at[slot, box])
 
     @pl.loop(0, total)
     def _(number):
         slot = lax.rem(number, plan.stages)
         plgpu.barrier_wait(buffers["consumed"].at[slot])
 
-        @pl.when(number >= AT_ONCE)
+        @pl.when(number >= plan.at_once)
         def _():
-            plgpu.barrier_wait(buffers["filled"].at[lax.rem(number - AT_ONCE, plan.stages)])
+            plgpu.barrier_wait(buffers["filled"].at[lax.rem(number - plan.at_once, plan.stages)])
 
         layer, within = lax.div(number, one_layer), lax.rem(number, one_layer)
 
@@ -389,14 +437,14 @@ def _compute(plan, refs, buffers, arrived, dt_limit, eps):
         prepare = functools.partial(_prepare, plan, refs, buffers)
         multiply = functools.partial(_multiply, plan, refs, buffers)
         prepare("residual", "in_proj", weights, 1, eps["residual"])
-        number = multiply("zxbcdt", "in_proj", number)
+        number = multiply("in_proj", number)
         asked = _ask_first(plan, refs, layer)
         meetings = meet(meetings)
         _scan(plan, refs, buffers, layer, asked, dt_limit)
         weights = _ask_weights(plan, refs, layer, "norm_weight", "out_proj")
         meetings = meet(meetings)
         prepare("y", "out_proj", weights, plan.sizes.groups, eps["y"])
-        number = multiply("output", "out_proj", number)
+        number = multiply("out_proj", number)
         meetings = meet(meetings)
         _add(plan, refs, buffers, layer)
         weights = _ask_weights(plan, refs, jnp.minimum(layer + 1, plan.layers - 1), "in_norm_weight", "in_proj")
@@ -435,7 +483,7 @@ def _prepare(plan, refs, buffers, name, product, weights, groups, eps):
     plgpu.barrier_wait(buffers["ready"])
 
 
-def _multiply(plan, refs, buffers, name, product, number):
+def _multiply(plan, refs, buffers, product, number):
     """Sums over the block's tiles. `number`: of tiles that came through the ring so far."""
     warpgroup, split, share = lax.axis_index("warpgroup"), plan.products[product], plan.shares()[product]
     first, end = split.first(share), split.first(share + 1)
@@ -449,25 +497,40 @@ def _multiply(plan, refs, buffers, name, product, number):
             number, *sums = carry
             slot = lax.rem(number, plan.stages)
             plgpu.barrier_wait(buffers["filled"].at[slot])
+            if plan.quantized:
+                _convert(buffers, slot, boxes)
+            weights = buffers["converted"] if plan.quantized else buffers["weights"].at[slot]
             x = buffers["x"].at[lax.rem(tile - first, split.tall)].transpose((1, 0))
 
             def products(sums):
                 for box, accumulator in zip(boxes, sums, strict=True):
-                    plgpu.wgmma(accumulator, buffers["weights"].at[slot, box].transpose((1, 0)), x)
+                    plgpu.wgmma(accumulator, weights.at[box].transpose((1, 0)), x)
 
             sums = pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
-            _warps_meet()
-            plgpu.barrier_arrive(buffers["consumed"].at[slot])
+            if not plan.quantized:
+                _warps_meet()
+                plgpu.barrier_arrive(buffers["consumed"].at[slot])
             return number + 1, *sums
 
         number, *sums = lax.fori_loop(start, stop, one_tile, (number, *(zeros(64, plan.filled) for _ in boxes)))
         part = share - split.parts(column)[0]
         for box, a in zip(boxes, sums, strict=True):
-            refs[name].at[column, part, pl.ds(box * 64, 64)][...] = a
+            refs[PRODUCTS[product]].at[column, part, pl.ds(box * 64, 64)][...] = a
         return number
 
     columns_end = jnp.where(end > first, lax.div(end - 1, split.tall) + 1, lax.div(first, split.tall))
     return lax.fori_loop(lax.div(first, split.tall), columns_end, one_column, number)
+
+
+def _convert(buffers, slot, boxes):
+    """The warpgroup's boxes of a tile in int8 to bfloat16, exactly; the tile is used up then."""
+    tile = buffers["weights"].at[slot]
+    loaded = [load(tile.at[:, pl.ds(box * 64, 64)], CONVERTED, device_memory=True) for box in boxes]
+    _warps_meet()  # all have read this tile, and are done with the products of the one before
+    plgpu.barrier_arrive(buffers["consumed"].at[slot])
+    for box, a in zip(boxes, loaded, strict=True):
+        buffers["converted"].at[box][...] = a.astype(jnp.bfloat16)
+    plgpu.commit_smem()
 
 
 def _scan(plan, refs, buffers, layer, asked, dt_limit):
@@ -482,7 +545,7 @@ def _scan(plan, refs, buffers, layer, asked, dt_limit):
 
     def ask_sums(piece):
         at = plan.place(piece)
-        sums = functools.partial(_sums, plan.in_proj, refs["zxbcdt"], at.row)
+        sums = functools.partial(_sums, plan, refs, layer, "in_proj", at.row)
         return {
             "newest": sums(sizes.inner + at.channel, tile.rows, tile.over_rows),
             "z": sums(at.channel, tile.rows, tile.over_rows),
@@ -492,7 +555,7 @@ def _scan(plan, refs, buffers, layer, asked, dt_limit):
     def convolve_B_C(at, asked):
         for i, channel in enumerate(plan.channels_of_B_C(at.group)):
             layout = one_layer._one_each(sizes.state)
-            newest = _sums(plan.in_proj, refs["zxbcdt"], at.row, sizes.inner + channel, sizes.state, layout)
+            newest = _sums(plan, refs, layer, "in_proj", at.row, sizes.inner + channel, sizes.state, layout)
             vectors.at[i, pl.ds(0, sizes.state)][...] = _convolve(*asked[i], newest)
 
     def one(piece, asked):
@@ -540,7 +603,7 @@ def _add(plan, refs, buffers, layer):
         place = residual.at[row, pl.ds(piece * ADDED, ADDED)]
         total = load32(place, layout)
         if layer is not None:
-            output = _sums(plan.out_proj, refs["output"], row, piece * ADDED, ADDED, layout)
+            output = _sums(plan, refs, layer, "out_proj", row, piece * ADDED, ADDED, layout)
             rounded = (total + output).astype(residual.dtype)
             place[...] = rounded
             total = rounded.astype(jnp.float32)
@@ -551,7 +614,7 @@ def _add(plan, refs, buffers, layer):
         channel = sizes.inner + place * sizes.state
         layout = one_layer._one_each(sizes.state)
         window, *_ = _ask_window(refs, layer, row, channel, sizes.state, layout)
-        newest = _sums(plan.in_proj, refs["zxbcdt"], row, sizes.inner + channel, sizes.state, layout)
+        newest = _sums(plan, refs, layer, "in_proj", row, sizes.inner + channel, sizes.state, layout)
         _move_on(refs, layer, row, channel, window, newest, refs["active"][row] if "active" in refs else None)
 
     _share_out(plan, plan.batch * (plan.width // ADDED), add)
@@ -583,8 +646,9 @@ def _share_out(plan, tasks: int, run, backwards: bool = False) -> None:
         run(turn * workers + worker)
 
 
-def _sums(split, parts, row, first, width, layout):
-    """The sums of `width` columns of a product from `first` on, or of one, in float32: its parts in their order."""
+def _sums(plan, refs, layer, product, row, first, width, layout):
+    """`width` columns of a product from `first` on, or one, in float32: the sums of its parts in their order."""
+    split, parts, scale = plan.products[product], refs[PRODUCTS[product]], refs.get(f"{product}_scale")
     column = lax.div(first, COLUMNS)
     within = lax.rem(first, COLUMNS)
     count = split.parts(column)[1]
@@ -595,10 +659,12 @@ def _sums(split, parts, row, first, width, layout):
         return load(parts.at[column, i, pl.ds(within, width), row], layout, device_memory=True)
 
     terms = [part(i) for i in range(split.most_parts)]
+    if scale is not None:
+        scale = scale[layer, first] if width is None else load32(scale.at[layer, pl.ds(first, width)], layout)
     total = terms[0]
     for i, term in enumerate(terms[1:], 1):
         total = total + jnp.where(i < count, term, 0.0)
-    return total
+    return total if scale is None else total * scale
 
 
 def _tiles_to_prepare(plan, product):

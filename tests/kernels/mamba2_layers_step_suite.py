@@ -38,6 +38,17 @@ def problem(layers=3, b=2, d=24, h=4, p=8, n=8, g=2, w=4, *, dtype="float32", D=
     return {name: a.astype(jnp.dtype(dtype)) if name in MOVED else a for name, a in arrays.items()}
 
 
+def quantized(arrays: Arrays) -> Arrays:
+    """The same with projections in int8, and their scales."""
+    arrays = dict(arrays)
+    for name in ("in_proj", "out_proj"):
+        weights = arrays[name].astype(np.float32)
+        scale = np.abs(weights).max(axis=1) / 127
+        arrays[name] = np.rint(weights / scale[:, None]).astype(np.int8)
+        arrays[f"{name}_scale"] = scale
+    return arrays
+
+
 class Mamba2LayersStepSuite:
     implementation: str
     dtype = "float32"
@@ -81,6 +92,9 @@ class Mamba2LayersStepSuite:
 
     def test_options(self):
         self.check(self.arrays(), dt_limit=(0.05, 0.2), norm_eps=3.0, in_norm_eps=2.0)
+
+    def test_quantized_projections(self):
+        self.check(quantized(self.arrays()))
 
     def test_rows_that_are_not_active_keep_their_states(self):
         """Whatever their token, even NaN; the others are not disturbed."""

@@ -6,7 +6,7 @@ import pytest
 
 import pallas_kernels as pk
 from tests.kernels.compare import BOUNDS, assert_close, jitted, named
-from tests.kernels.mamba2_layers_step_suite import Mamba2LayersStepSuite, problem
+from tests.kernels.mamba2_layers_step_suite import OUTPUTS, Mamba2LayersStepSuite, problem, quantized
 
 
 class TestXLA(Mamba2LayersStepSuite):
@@ -51,3 +51,18 @@ def test_same_as_one_layer_after_the_other():
 def test_wrong_shapes(name, shape, message, unchecked):
     with pytest.raises(ValueError, match=message):
         unchecked(pk.mamba2_layers_step)(**problem() | {name: np.zeros(shape, np.float32)})
+
+
+def test_quantized_projections_are_those_times_their_scales():
+    arrays = quantized(problem())
+    weights = {name: arrays[name] * arrays.pop(f"{name}_scale")[:, None] for name in ("in_proj", "out_proj")}
+    actual = jitted(pk.mamba2_layers_step, **quantized(problem()))
+    expected = jitted(pk.mamba2_layers_step, **arrays | weights)
+    assert_close(named(actual, *OUTPUTS), named(expected, *OUTPUTS), BOUNDS["float32"])
+
+
+def test_int8_without_a_scale(unchecked):
+    arrays = quantized(problem())
+    del arrays["out_proj_scale"]
+    with pytest.raises(ValueError, match="out_proj: got int8, expected out_proj_scale with it"):
+        unchecked(pk.mamba2_layers_step)(**arrays)

@@ -18,10 +18,11 @@ from pallas_kernels.ssd.pallas_gpu import step as ssd_step
 from pallas_kernels.ssd.pallas_gpu import tiles
 from tests.kernels import warpgroup_emulation
 from tests.kernels.compare import BOUNDS, assert_as_exact, assert_close, exactly, jitted, named
-from tests.kernels.mamba2_layers_step_suite import OUTPUTS, Mamba2LayersStepSuite, problem
+from tests.kernels.mamba2_layers_step_suite import OUTPUTS, Mamba2LayersStepSuite, problem, quantized
 from tests.kernels.ssd_step_suite import assert_nothing_is_copied, assert_overwritten
 from tests.kernels.ssd_suite import without
 
+QUANTIZED = {"layers": 2, "d": 128, "h": 16, "p": 64, "n": 64, "g": 2, "dtype": "bfloat16"}
 SMALL = {"d": 128, "h": 8, "p": 64, "n": 64, "g": 2, "dtype": "bfloat16"}
 
 
@@ -47,9 +48,14 @@ class TestOneLaunch(Mamba2LayersStepSuite):
         assert_overwritten(self.step, arrays, "conv_state", "ssm_state")
         assert_nothing_is_copied(self.step, arrays, "conv_state", "ssm_state")
 
+    def test_quantized_projections(self):
+        self.check(quantized(problem(**QUANTIZED)))
+
     def test_a_real_model(self):
         for b in (1, 8):
-            self.check(self.arrays(layers=4, b=b, d=2560, h=80, p=64, n=128, g=1))
+            arrays = self.arrays(layers=4, b=b, d=2560, h=80, p=64, n=128, g=1)
+            self.check(arrays)
+            self.check(quantized(arrays))
 
 
 @pytest.mark.gpu
@@ -74,7 +80,13 @@ def abstract(arrays):
 @pytest.mark.parametrize(
     "arrays, reason",
     [
-        (problem(**SMALL | {"dtype": "float32"}), "in_proj is float32; one launch takes bfloat16"),
+        (problem(**SMALL | {"dtype": "float32"}), "the convolution state is float32; one launch takes bfloat16"),
+        (
+            problem(**SMALL) | {"out_proj": problem(**SMALL | {"dtype": "float32"})["out_proj"]},
+            "out_proj is float32; one launch takes both projections in bfloat16, or both in int8",
+        ),
+        (without(quantized(problem(**SMALL)), "in_proj_scale"), "in_proj is int8 without a scale"),
+        (quantized(problem(**SMALL)), "the input projection is 1288 wide; one launch takes multiples of 16"),
         (problem(**SMALL, b=9), "9 rows; one launch takes up to 8"),
         (without(problem(**SMALL), "norm_weight"), "one launch takes a norm after the gate"),
         (problem(**SMALL) | {"norm_before_gate": True}, "one launch takes a norm after the gate"),
@@ -138,7 +150,7 @@ def test_split_of_numbers_and_of_traced_numbers():
 def test_the_named_models_fit(batch, width, heads):
     arrays = abstract(problem(layers=1, b=batch, d=width, h=heads, p=64, n=128, g=1, dtype="bfloat16"))
     assert why_not_one_launch(**arrays) is None
-    plan = make_plan(arrays["residual"], arrays["ssm_state"], arrays["conv_weight"])
+    plan = make_plan(*(arrays[name] for name in ("residual", "ssm_state", "conv_weight", "in_proj")))
     assert plan.stages >= 4 and plan.sizes.head_dim % plan.tile.rows == 0
 
 
@@ -184,6 +196,14 @@ def test_body(emulated, blocks, sizes, options):
     assert_as_exact(actual, loop, exact, "bfloat16")
 
 
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_body_with_quantized_projections(emulated, blocks):
+    arrays = quantized(problem(**QUANTIZED))
+    exact = named(exactly(pk.mamba2_layers_step, **arrays), *OUTPUTS)
+    loop = named(jitted(pk.mamba2_layers_step, implementation="xla", **arrays), *OUTPUTS)
+    assert_as_exact(named(emulated(blocks, **arrays), *OUTPUTS), loop, exact, "bfloat16")
+
+
 def test_body_without_optional_arguments(emulated):
     arrays = without(problem(**SMALL), "conv_bias", "D", "dt_bias")
     actual = named(emulated(2, **arrays), *OUTPUTS)
@@ -215,6 +235,7 @@ CASES = {
     "one row": problem(b=1, **SMALL),
     "rows": problem(**SMALL | {"b": 8, "n": 128, "g": 1, "D": "h p"}),
     "little": without(problem(**SMALL), "conv_bias", "D", "dt_bias"),
+    "quantized": quantized(problem(**QUANTIZED)),
     "masked": problem(**SMALL) | {"active": np.array([True, False])},
 }
 

@@ -271,4 +271,6 @@ def _allocate(a, failed):
 
 
 def _memory(a):
-    return Ref(np.full(a.shape, np.nan, a.dtype))
+    """Of numbers that no kernel means."""
+    nobody = np.nan if jnp.issubdtype(a.dtype, jnp.floating) else jnp.iinfo(a.dtype).min
+    return Ref(np.full(a.shape, nobody, a.dtype))
