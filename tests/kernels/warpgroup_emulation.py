@@ -64,7 +64,10 @@ class Outside(Ref):
 
 def _index(index):
     index = index if isinstance(index, tuple) else (index,)
-    return tuple(i if isinstance(i, slice) or i is Ellipsis else int(i) for i in index)
+    index = tuple(i if isinstance(i, slice) or i is Ellipsis else int(i) for i in index)
+    starts = [i.start or 0 if isinstance(i, slice) else i for i in index if i is not Ellipsis]
+    assert all(start >= 0 for start in starts), f"before the first: {index}"
+    return index
 
 
 def _reaches_out(array, index) -> bool:
