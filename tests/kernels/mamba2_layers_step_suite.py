@@ -12,7 +12,7 @@ OUTPUTS = ("residual", "conv_state", "ssm_state")
 MOVED = ("conv_state", "in_proj", "out_proj")
 
 
-def problem(layers=3, b=2, d=24, h=4, p=8, n=8, g=2, w=4, *, dtype="float32", D="h", seed=0) -> Arrays:
+def problem(layers=2, b=2, d=24, h=4, p=8, n=8, g=2, w=4, *, dtype="float32", D="h", seed=0) -> Arrays:
     """Every array argument of `mamba2_layers_step`; projections and convolution state in `dtype`, others float32."""
     rng = np.random.default_rng(seed)
     inner, channels = h * p, h * p + 2 * g * n
@@ -54,7 +54,7 @@ class Mamba2LayersStepSuite:
     dtype = "float32"
     bounds = BOUNDS
     sizes: dict[str, int] = {}  # noqa: RUF012, of cases about something else
-    shapes = ((1, 1, 16, 2, 16, 8, 1, 4), (3, 3, 24, 6, 4, 8, 3, 2), (6, 2, 8, 2, 8, 16, 1, 3))
+    shapes = ((1, 1, 16, 2, 16, 8, 1, 4), (6, 3, 24, 6, 4, 8, 3, 2))
     """layers, b, d, h, p, n, g, w"""
 
     def step(self, **options):
@@ -79,14 +79,11 @@ class Mamba2LayersStepSuite:
         for layers, b, d, h, p, n, g, w in self.shapes:
             self.check(self.arrays(layers=layers, b=b, d=d, h=h, p=p, n=n, g=g, w=w))
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_residual_dtype(self, dtype):
+    def test_residual_in_the_dtype_of_the_computation(self):
         arrays = self.arrays(D="h p")
-        self.check(
-            arrays | {"residual": arrays["residual"].astype(jnp.dtype(dtype))} if self.dtype == dtype else arrays
-        )
+        self.check(arrays | {"residual": arrays["residual"].astype(jnp.dtype(self.dtype))})
 
-    @pytest.mark.parametrize("omitted", [("conv_bias",), ("D",), ("dt_bias",), ("conv_bias", "D", "dt_bias")])
+    @pytest.mark.parametrize("omitted", [("conv_bias",), ("conv_bias", "D", "dt_bias")])
     def test_without_optional_arguments(self, omitted):
         self.check(without(self.arrays(), *omitted))
 
