@@ -13,7 +13,8 @@ While they wait for each other, the ring goes on filling: weights depend on no a
 memory delivers in several microseconds, so it hides the meetings and the two phases that need no weights.
 
 Products are taken as y^T = W^T x^T by wgmma: the columns of a weight tile are its 64 rows, the rows of the batch, filled
-up to a multiple of 8, its columns. The sums of the parts are added up in a fixed order by whoever reads them.
+up to a multiple of 8, its columns. Weights in int8 become bfloat16 in shared memory, and their scales multiply the sums.
+The sums of the parts are added up in a fixed order by whoever reads them.
 
 The blocks meet at a counter in device memory. They must all run at once: one for each processor, never more.
 """
@@ -99,7 +100,8 @@ def why_not_one_launch(
         if a.dtype not in (jnp.bfloat16, jnp.int8) or a.dtype != in_proj.dtype:
             return f"{name} is {a.dtype}; one launch takes both projections in bfloat16, or both in int8"
         if (scale is not None) != (a.dtype == jnp.int8):
-            return f"{name} is {a.dtype} {'with' if scale is not None else 'without'} a scale; one launch takes int8 with one"
+            has = "without" if scale is None else "with"
+            return f"{name} is {a.dtype} {has} a scale; one launch takes int8 with one, bfloat16 without"
     if norm_weight is None or norm_before_gate:
         return "one launch takes a norm after the gate"
     if sizes.state not in (64, 128):
@@ -112,6 +114,11 @@ def why_not_one_launch(
     aligned = 16 // in_proj.dtype.itemsize  # rows of copies begin at multiples of 16 bytes
     if sizes.projected % aligned:
         return f"the input projection is {sizes.projected} wide; one launch takes multiples of {aligned}"
+    plan = make_plan(residual, ssm_state, conv_weight, in_proj)
+    if plan.stages <= plan.at_once:
+        return (
+            f"shared memory holds {max(plan.stages, 0)} tiles of weights; one launch needs {plan.at_once + 1} or more"
+        )
     device = jax.devices()[0]
     if device.platform == "gpu" and device.core_count < PROCESSORS:
         return f"the device has {device.core_count} processors; one launch needs {PROCESSORS}"

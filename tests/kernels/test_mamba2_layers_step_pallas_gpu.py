@@ -111,6 +111,20 @@ def test_a_device_with_too_few_processors(monkeypatch):
     assert why_not_one_launch(**abstract(problem(**SMALL))) == "the device has 114 processors; one launch needs 132"
 
 
+def test_too_wide_for_shared_memory():
+    """Each block prepares the rows of x that its tiles read."""
+    arrays = abstract(problem(**SMALL))
+    wide = {
+        "residual": (2, 16384),
+        "in_norm_weight": (2, 16384),
+        "in_proj": (2, 16384, 66816),
+        "out_proj": (2, 32768, 16384),
+    }
+    wide |= {"conv_weight": (2, 32768 + 1024, 4), "ssm_state": (2, 2, 256, 128, 128)}
+    arrays |= {name: jax.ShapeDtypeStruct(shape, arrays[name].dtype) for name, shape in wide.items()}
+    assert why_not_one_launch(**arrays).startswith("shared memory holds")
+
+
 def test_refuses_what_the_step_of_a_layer_refuses():
     explanation = pk.explain(
         "mamba2_layers_step", **abstract(problem(**SMALL | {"n": 96})), implementation=("pallas_gpu", "xla")
