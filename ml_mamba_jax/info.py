@@ -1,5 +1,6 @@
 """What this machine has and which kernels it gets: `python -m ml_mamba_jax.info`."""
 
+import dataclasses
 import importlib.metadata
 import platform
 import sys
@@ -64,6 +65,7 @@ def calls() -> list[tuple[str, str, dict]]:
     found += [
         ("ssd_step", f"decode b={train.b}", _step_arguments(train)),
         ("mamba2_step", f"decode b={train.b}", _mixer_arguments(train)),
+        ("mamba2_layers_step", "decode b=1", _layers_arguments(dataclasses.replace(train, b=1))),
         ("mamba2_sequence", f"train {_shape(train)}", _sequence_arguments(train)),
         ("causal_conv1d", f"train {_shape(train)}", _conv_arguments(train)),
         ("gated_rms_norm", f"train {_shape(train)}", _norm_arguments(train)),
@@ -89,6 +91,23 @@ def _mixer_arguments(spec: SSDSpec) -> dict:
         "conv_weight": jax.ShapeDtypeStruct((sizes.channels, CONV_WIDTH), f32),
         "A": jax.ShapeDtypeStruct((spec.h,), f32),
         "norm_weight": jax.ShapeDtypeStruct((sizes.inner,), f32),
+    }
+
+
+def _layers_arguments(spec: SSDSpec, layers: int = 64) -> dict:
+    """Of the whole language model; its width is half of the inner one."""
+    sizes = spec.sizes
+    width = sizes.inner // 2
+    mixers = {
+        name: jax.ShapeDtypeStruct((layers, *a.shape), a.dtype)
+        for name, a in _mixer_arguments(spec).items()
+        if name != "zxbcdt"
+    }
+    return mixers | {
+        "residual": jax.ShapeDtypeStruct((spec.b, width), jnp.float32),
+        "in_norm_weight": jax.ShapeDtypeStruct((layers, width), spec.dtype),
+        "in_proj": jax.ShapeDtypeStruct((layers, width, sizes.projected), spec.dtype),
+        "out_proj": jax.ShapeDtypeStruct((layers, sizes.inner, width), spec.dtype),
     }
 
 

@@ -14,7 +14,7 @@ from ml_mamba_jax import quantization
 from ml_mamba_jax.config import Mamba2Config, MixerConfig
 from ml_mamba_jax.layers import dense, rms_norm, stack_layers, uniform_fan_in, with_axes
 from ml_mamba_jax.state import MambaState
-from ml_mamba_jax.typing import Hidden, SegmentIds, Tokens
+from ml_mamba_jax.typing import Hidden, RowMask, SegmentIds, Tokens
 
 
 class ScanParameters(NamedTuple):
@@ -71,7 +71,7 @@ def split_channels(xBC: Float[Array, "*b c"], config: MixerConfig) -> tuple[Arra
 
 
 class Mamba2Mixer(nn.Module):
-    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj: `mamba2_sequence`, or `mamba2_step` for one token."""
+    """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj."""
 
     config: MixerConfig
     n_layers: int
@@ -91,24 +91,6 @@ class Mamba2Mixer(nn.Module):
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (config.d_inner,))
         zxbcdt = in_projection(config, self.dtype)(u)
         A = -jnp.exp(scan.A_log.astype(jnp.float32))
-        shared = {"D": scan.D, "dt_bias": scan.dt_bias, "dt_limit": config.dt_limit}
-
-        if state is not None and u.shape[1] == 1:
-            y, *state = pk.mamba2_step(
-                *state,
-                zxbcdt[:, 0],
-                scan.conv_weight,
-                A,
-                conv_bias=scan.conv_bias,
-                norm_weight=norm_weight,
-                norm_eps=config.norm_eps,
-                norm_before_gate=config.norm_before_gate,
-                layer=layer,
-                active=None if segment_ids is None else segment_ids[:, 0] >= 0,
-                **shared,
-            )
-            return out_projection(config, self.dtype, self.n_layers)(y[:, None]), MambaState(*state)
-
         before = MambaState(None, None) if state is None else jax.tree.map(lambda a: a[layer], state)
         outputs = pk.mamba2_sequence(
             zxbcdt,
@@ -124,7 +106,9 @@ class Mamba2Mixer(nn.Module):
             segment_ids=segment_ids,
             return_states=state is not None,
             chunk_size=config.chunk_size,
-            **shared,
+            D=scan.D,
+            dt_bias=scan.dt_bias,
+            dt_limit=config.dt_limit,
         )
         if state is None:
             return out_projection(config, self.dtype, self.n_layers)(outputs), None
@@ -180,9 +164,42 @@ class Mamba2(nn.Module):
     ) -> tuple[Hidden, MambaState | None]:
         """Embeddings -> normalised hidden states, and the next state where one was given."""
         residual = x.astype(jnp.float32) if self.config.residual_in_float32 else x
+        if state is not None and x.shape[1] == 1:
+            residual, state = self._step(residual[:, 0], state, None if segment_ids is None else segment_ids[:, 0] >= 0)
+            return self.norm(residual[:, None]), state
         layers = jnp.arange(self.config.n_layers)
         (residual, state), _ = self.blocks((residual, state), layers, segment_ids)
         return self.norm(residual), state
+
+    def _step(
+        self, residual: Float[Array, "b d"], state: MambaState, active: RowMask | None
+    ) -> tuple[Float[Array, "b d"], MambaState]:
+        """One token through all blocks at once: what a loop over them computes, from the same parameters."""
+        config, blocks = self.config, self.blocks.variables["params"]
+        mixer = blocks["mixer"]
+        in_proj, in_proj_scale = _weights_and_scale(mixer["in_proj"]["kernel"])
+        out_proj, out_proj_scale = _weights_and_scale(mixer["out_proj"]["kernel"])
+        residual, *state = pk.mamba2_layers_step(
+            residual,
+            *state,
+            blocks["norm"]["scale"],
+            in_proj,
+            mixer["conv_weight"],
+            -jnp.exp(mixer["A_log"].astype(jnp.float32)),
+            out_proj,
+            conv_bias=mixer["conv_bias"],
+            D=mixer["D"],
+            dt_bias=mixer["dt_bias"],
+            dt_limit=config.mixer.dt_limit,
+            norm_weight=mixer["norm_weight"],
+            norm_eps=config.mixer.norm_eps,
+            norm_before_gate=config.mixer.norm_before_gate,
+            in_norm_eps=config.norm_eps,
+            in_proj_scale=in_proj_scale,
+            out_proj_scale=out_proj_scale,
+            active=active,
+        )
+        return residual, MambaState(*state)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """float32 logits over the padded vocabulary."""
@@ -190,6 +207,11 @@ class Mamba2(nn.Module):
         (head,) = quantization.cast(self.embedding.T if head is None else head, dtype=self.dtype)
         contracted = ((hidden.ndim - 1,), (0,)), ((), ())
         return quantization.dot_general(hidden, head, contracted, preferred_element_type=jnp.float32)
+
+
+def _weights_and_scale(kernel: Array | tuple[Array, Array]) -> tuple[Array, Array | None]:
+    """Of a projection; one that is quantised is a pair of both."""
+    return kernel if isinstance(kernel, tuple) else (kernel, None)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

@@ -15,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 import pallas_kernels as pk
 from pallas_kernels import sharded
 from pallas_kernels.specs import SSDSpec
-from tests.kernels import causal_conv1d_suite, gated_rms_norm_suite, mamba2_step_suite, ssd_suite, visual_scan_suite
+from tests.kernels import (
+    causal_conv1d_suite,
+    gated_rms_norm_suite,
+    mamba2_layers_step_suite,
+    mamba2_step_suite,
+    ssd_suite,
+    visual_scan_suite,
+)
 from tests.kernels.compare import BOUNDS, assert_close, outputs_and_gradients
 from tests.kernels.ssd_step_suite import one_token
 from tests.kernels.ssd_suite import problem, without
@@ -88,6 +95,7 @@ SCAN = functools.partial(visual_scan_suite.problem, grid=(2, 3), k=2, b=4, n=2)
         ("visual_scan", without(SCAN(g=2, D="h p"), "conv_weight", "conv_bias"), {"merge": None}, 4, 2),
         ("mamba2_step", of_a_stack(mamba2_step_suite.problem(b=8)), {"layer": jnp.asarray(1)}, 8, 1),
         ("mamba2_step", mamba2_step_suite.problem(b=4, g=1), {}, 2, 4),  # part by part
+        ("mamba2_layers_step", mamba2_layers_step_suite.problem(b=4, g=1), {}, 2, 4),  # layer by layer
     ],
 )
 def test_op(op, arrays, options, data, tensor):
