@@ -11,10 +11,29 @@ from jax import lax
 
 
 class Walks(NamedTuple):
-    """`number` walks: the first `forwards` of them from the first token on, the others from the last one back."""
+    """`number` walks: the first `forwards` of them from the first token on, the others from the last one back.
+
+    With `grid`, (rows, columns) of a row-major grid, "the tokens" are its columns one after the other; only kernels that
+    read or write the grid itself ask for it.
+    """
 
     number: int = 1
     forwards: int = 1
+    grid: tuple[int, int] | None = None
+
+    def on_grid(self, place):
+        """Where the token at `place` lies in the row-major grid."""
+        if self.grid is None:
+            return place
+        rows, columns = self.grid
+        return lax.rem(place, rows) * columns + lax.div(place, rows)
+
+    def from_grid(self, place):
+        """The inverse of `on_grid`."""
+        if self.grid is None:
+            return place
+        rows, columns = self.grid
+        return lax.rem(place, columns) * rows + lax.div(place, columns)
 
     def of(self, row, rows: int):
         """The number of the walk to which row number `row` of `rows` belongs."""
