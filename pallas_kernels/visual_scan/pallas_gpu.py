@@ -115,7 +115,12 @@ class _VisualScan:
                 else:
                     by_direction.setdefault(name, {}).update(zip(bundle.numbers, a, strict=True))
         dB, dC = jnp.split(totals.pop("BC"), 2, axis=-1)
-        result = {"x": totals["x"].reshape(x.shape), "dt": totals["dt"], "B": dB.reshape(B.shape), "C": dC.reshape(B.shape)}
+        result = {
+            "x": totals["x"].reshape(x.shape),
+            "dt": totals["dt"],
+            "B": dB.reshape(B.shape),
+            "C": dC.reshape(B.shape),
+        }
         for name, of in by_direction.items():
             result[name] = jnp.stack([of[number] for number in range(self.directions)])
         return ({name: (self._share * result[name]).astype(a.dtype) for name, a in arrays.items()},)

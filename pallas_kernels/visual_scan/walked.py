@@ -44,13 +44,13 @@ def gradients(
     k = bundle.walks.number
     scanned = _scan_arguments(bundle, sizes, arrays, patches, convolved)
     dy = dy.reshape(*dy.shape[:2], sizes.heads, sizes.head_dim)
-    by_scan = backward.gradients(
-        scanned, dy, **options, return_final_state=False, walks=bundle.walks
-    )
+    by_scan = backward.gradients(scanned, dy, **options, return_final_state=False, walks=bundle.walks)
     lead = by_scan["x"].shape[:2]
     BC = jnp.concatenate([by_scan[name].reshape(*lead, -1) for name in "BC"], axis=-1)
     by_patch = {"x": by_scan["x"].reshape(*lead, -1), "BC": BC}
-    result = {name: by_scan[name].reshape(k, *arrays[name].shape[1:]) for name in ("A", "D", "dt_bias") if name in by_scan}
+    result = {
+        name: by_scan[name].reshape(k, *arrays[name].shape[1:]) for name in ("A", "D", "dt_bias") if name in by_scan
+    }
     result["dt"] = bundle.to_grid(by_scan["dt"])
 
     if convolved:

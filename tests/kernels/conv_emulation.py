@@ -40,9 +40,10 @@ def convolve(*, x, weight, bias=None, activation, first=0, walks):
 def convolve_backward(*, x, dy, weight, bias=None, activation, first=0, walks):
     dxs, all_sums = [], []
     parts = jnp.split(dy, walks.number)
-    for dy, (own, weight, bias, backwards) in zip(parts, _by_walk(x, weight, bias, first, walks), strict=True):
-        bias = jnp.zeros(weight.shape[1]) if bias is None else bias
-        _, pullback = jax.vjp(lambda *a, b=backwards: _convolve(*a, activation, b), own, weight, bias)
+    if bias is None:
+        bias = jnp.zeros((walks.number, weight.shape[1]))
+    for dy, (*own, backwards) in zip(parts, _by_walk(x, weight, bias, first, walks), strict=True):
+        _, pullback = jax.vjp(lambda *a, b=backwards: _convolve(*a, activation, b), *own)
         dx, dweight, dbias = pullback(dy)
         dxs.append(dx)
         sums = jnp.concatenate([dweight, dbias[None]])[None, None]  # all in the first row of the walk

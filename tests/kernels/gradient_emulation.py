@@ -65,9 +65,7 @@ def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None,
     if D is not None and walks.number > 1:
         D = rows_of_skip(D, walks, factors.shape[0])
     states = [flipped(a, backwards, 1) for a in states]
-    *of_tokens, sums = _chunk_gradients(
-        **arrays, factors=factors, states=states, D=D, first_visible=first_visible
-    )
+    *of_tokens, sums = _chunk_gradients(**arrays, factors=factors, states=states, D=D, first_visible=first_visible)
     dx, dB, dC = (flipped(a, backwards, 1) for a in of_tokens)
     return dx[:, :length], dB, dC, flipped(sums, backwards, 2, 4)
 
