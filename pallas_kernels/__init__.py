@@ -10,6 +10,7 @@ c channels.
 from pallas_kernels.causal_conv1d.api import CAUSAL_CONV1D, causal_conv1d, causal_conv1d_step
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Explanation, Implementation, use_implementation
 from pallas_kernels.gated_rms_norm.api import GATED_RMS_NORM, gated_rms_norm
+from pallas_kernels.mamba2_grid.api import MAMBA2_GRID, mamba2_grid
 from pallas_kernels.mamba2_sequence.api import MAMBA2_SEQUENCE, mamba2_sequence
 from pallas_kernels.mamba2_step.api import MAMBA2_STEP, mamba2_step
 from pallas_kernels.sharded import keep_split, use_mesh
@@ -17,7 +18,19 @@ from pallas_kernels.ssd.api import SSD, SSD_STEP, ssd, ssd_step
 from pallas_kernels.visual_scan.api import VISUAL_SCAN, visual_scan
 from pallas_kernels.visual_scan.directions import DIRECTIONS, scan_order
 
-OPS = {op.name: op for op in (SSD, SSD_STEP, CAUSAL_CONV1D, GATED_RMS_NORM, MAMBA2_SEQUENCE, MAMBA2_STEP, VISUAL_SCAN)}
+OPS = {
+    op.name: op
+    for op in (
+        SSD,
+        SSD_STEP,
+        CAUSAL_CONV1D,
+        GATED_RMS_NORM,
+        MAMBA2_SEQUENCE,
+        MAMBA2_STEP,
+        VISUAL_SCAN,
+        MAMBA2_GRID,
+    )
+}
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
@@ -45,6 +58,7 @@ __all__ = [
     "explain",
     "gated_rms_norm",
     "keep_split",
+    "mamba2_grid",
     "mamba2_sequence",
     "mamba2_step",
     "scan_order",

@@ -101,28 +101,17 @@ class _VisualScan:
     def gradients(self, kept, dy):
         arrays, kept = kept
         x, B, sizes = arrays["x"], arrays["B"], _sizes(arrays)
-        patches, totals, by_direction = _patches(arrays), {}, {}
+        patches, found = _patches(arrays), []
         for bundle, convolved in zip(self.bundles, kept, strict=True):
             if self.merge is None:
                 own = jnp.concatenate([bundle.from_grid(dy[number]) for number in bundle.numbers])
             else:
                 own = bundle.from_grid(dy)
             own = own.reshape(*own.shape[:2], sizes.inner)
-            found = walked.gradients(bundle, sizes, arrays, patches, self.options, convolved, own)
-            for name, a in found.items():
-                if name in ("x", "BC", "dt"):
-                    totals[name] = totals[name] + a if name in totals else a
-                else:
-                    by_direction.setdefault(name, {}).update(zip(bundle.numbers, a, strict=True))
-        dB, dC = jnp.split(totals.pop("BC"), 2, axis=-1)
-        result = {
-            "x": totals["x"].reshape(x.shape),
-            "dt": totals["dt"],
-            "B": dB.reshape(B.shape),
-            "C": dC.reshape(B.shape),
-        }
-        for name, of in by_direction.items():
-            result[name] = jnp.stack([of[number] for number in range(self.directions)])
+            found.append(walked.gradients(bundle, sizes, arrays, patches, self.options, convolved, own))
+        result = walked.over_directions(self.bundles, found)
+        dB, dC = jnp.split(result.pop("BC"), 2, axis=-1)
+        result |= {"x": result["x"].reshape(x.shape), "B": dB.reshape(B.shape), "C": dC.reshape(B.shape)}
         return ({name: (self._share * result[name]).astype(a.dtype) for name, a in arrays.items()},)
 
 

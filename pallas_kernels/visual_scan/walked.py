@@ -5,7 +5,7 @@ writes them as they lie for its walks. The scan reads those from either end; wit
 themselves, which all walks along rows share (for those along columns XLA transposes the grid once).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +67,20 @@ def gradients(
             result["conv_bias"] = sums[:, -1]
     for name, a in by_patch.items():
         result[name] = bundle.to_grid(a.reshape(k, -1, *a.shape[1:]).astype(jnp.float32).sum(axis=0))
+    return result
+
+
+def over_directions(bundles: Sequence[Bundle], found: Sequence[Mapping]) -> dict[str, Array]:
+    """All directions' results of `gradients`: sums of those for the grid, the others [k ..] in the order of directions."""
+    result, of_directions = {}, {}
+    for bundle, gradients in zip(bundles, found, strict=True):
+        for name, a in gradients.items():
+            if name in ("x", "BC", "dt"):
+                result[name] = result[name] + a if name in result else a
+            else:
+                of_directions.setdefault(name, {}).update(zip(bundle.numbers, a, strict=True))
+    for name, of in of_directions.items():
+        result[name] = jnp.stack([of[number] for number in range(len(of))])
     return result
 
 

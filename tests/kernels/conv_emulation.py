@@ -24,6 +24,7 @@ def _by_walk(x, weight, bias, first, walks):
     """For each walk (x as it lies for it, its weight [w c], its bias, whether it starts from the end)."""
     taps, channels = weight.shape[0] // walks.number, weight.shape[1]
     own = x[:, _order(walks, x.shape[1]), first : first + channels]
+    own = jnp.pad(own, ((0, 0), (0, 0), (0, channels - own.shape[2])))  # where the kernel would read on
     for walk in range(walks.number):
         own_bias = None if bias is None else bias[walk]
         yield own, weight[walk * taps : (walk + 1) * taps], own_bias, walk >= walks.forwards
