@@ -8,7 +8,6 @@ themselves, which all walks along rows share (for those along columns XLA transp
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from pallas_kernels.causal_conv1d.pallas_gpu import convolve, convolve_backward, filled_channels
@@ -86,12 +85,12 @@ def over_directions(bundles: Sequence[Bundle], found: Sequence[Mapping]) -> dict
 
 def _convolution(bundle: Bundle, sizes: Sizes, arrays: Mapping, patches: Patches) -> dict[str, dict]:
     """The arguments of `convolve` for x and for [B | C]."""
-    weight, numbers = arrays["conv_weight"], np.array(bundle.numbers)
+    weight = _of(bundle, arrays["conv_weight"])
     parts = {"x": slice(0, sizes.inner), "BC": slice(sizes.inner, sizes.channels)}
     found = {}
     for name, channels in parts.items():
         source, first = patches[name]
-        own = filled_channels(jnp.swapaxes(weight[numbers, channels], 1, 2))
+        own = filled_channels(jnp.swapaxes(weight[:, channels], 1, 2))
         found[name] = {
             "x": source,
             "first": first,
@@ -100,13 +99,12 @@ def _convolution(bundle: Bundle, sizes: Sizes, arrays: Mapping, patches: Patches
             "walks": bundle.walks,
         }
         if "conv_bias" in arrays:
-            found[name]["bias"] = filled_channels(arrays["conv_bias"][numbers, channels])
+            found[name]["bias"] = filled_channels(_of(bundle, arrays["conv_bias"])[:, channels])
     return found
 
 
 def _scan_arguments(bundle: Bundle, sizes: Sizes, arrays: Mapping, patches: Patches, convolved: dict) -> dict:
     """The array arguments of `forward.outputs`."""
-    numbers = np.array(bundle.numbers)
     found = {"dt": bundle.from_grid(arrays["dt"]).astype(jnp.float32)}
     for name, a in (convolved or {name: bundle.from_grid(a) for name, (a, _) in patches.items()}).items():
         found[name] = a
@@ -114,10 +112,17 @@ def _scan_arguments(bundle: Bundle, sizes: Sizes, arrays: Mapping, patches: Patc
     found["x"] = found["x"][..., : sizes.inner].reshape(*found["x"].shape[:2], sizes.heads, sizes.head_dim)
     for name, a in zip("BC", jnp.split(BC, 2, axis=-1), strict=True):
         found[name] = a.reshape(*a.shape[:2], sizes.groups, sizes.state)
-    found["A"] = arrays["A"][numbers]
+    found["A"] = _of(bundle, arrays["A"])
     for name in ("D", "dt_bias"):
         if name in arrays:
-            found[name] = arrays[name][numbers]
+            found[name] = _of(bundle, arrays[name])
     if "D" in found:
         found["D"] = found["D"].reshape(-1, *found["D"].shape[2:])
     return found
+
+
+def _of(bundle: Bundle, a: Array) -> Array:
+    """The entries of `a` [k ..], which has one for each of all directions, for those of the bundle."""
+    if bundle.numbers == tuple(range(a.shape[0])):
+        return a
+    return jnp.stack([a[number] for number in bundle.numbers])
