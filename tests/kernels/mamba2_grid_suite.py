@@ -49,7 +49,7 @@ class Mamba2GridSuite:
 
     @pytest.mark.parametrize("directions", [ALL[1:2], ALL[::-1]], ids=len)
     def test_directions(self, directions):
-        arrays = problem((11, 12), len(directions), b=1)
+        arrays = problem((11, 12), len(directions))
         self.check(arrays, grid=(11, 12), directions=directions, dt_limit=(0.05, 0.4))
 
     @pytest.mark.parametrize("norm_before_gate", [False, True])
