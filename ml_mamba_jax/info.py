@@ -70,6 +70,7 @@ def calls() -> list[tuple[str, str, dict]]:
         ("causal_conv1d", f"train {_shape(train)}", _conv_arguments(train)),
         ("gated_rms_norm", f"train {_shape(train)}", _norm_arguments(train)),
         ("visual_scan", f"image {_shape(image)}", _visual_arguments(image)),
+        ("mamba2_grid", f"image {_shape(image)}", _grid_arguments(image)),
     ]
     return found
 
@@ -132,10 +133,21 @@ def _norm_arguments(spec: SSDSpec) -> dict:
     return {"x": x, "z": x, "weight": jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32), "eps": 1e-5}
 
 
+DIRECTIONS = pk.DIRECTIONS[:2]
+
+
 def _visual_arguments(spec: SSDSpec) -> dict:
-    directions = pk.DIRECTIONS[:2]
-    A = jax.ShapeDtypeStruct((len(directions), spec.h), jnp.float32)
-    return {**spec.shapes(), "A": A, "grid": IMAGE_GRID, "directions": directions}
+    return spec.shapes() | _of_directions(spec.shapes(), "A") | {"grid": IMAGE_GRID, "directions": DIRECTIONS}
+
+
+def _grid_arguments(spec: SSDSpec) -> dict:
+    arguments = _sequence_arguments(spec)
+    return arguments | _of_directions(arguments, "A", "conv_weight") | {"grid": IMAGE_GRID, "directions": DIRECTIONS}
+
+
+def _of_directions(arguments: dict, *names: str) -> dict:
+    """The arguments `names` for each direction."""
+    return {name: jax.ShapeDtypeStruct((len(DIRECTIONS), *arguments[name].shape), jnp.float32) for name in names}
 
 
 def _shape(spec: SSDSpec) -> str:

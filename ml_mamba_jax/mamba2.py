@@ -53,23 +53,6 @@ def out_projection(config: MixerConfig, dtype: jnp.dtype, n_layers: int) -> nn.D
     return dense(config.d_model, ("inner", "embed"), name="out_proj", dtype=dtype, use_bias=False, kernel_init=init)
 
 
-def split_projection(zxbcdt: Float[Array, "b l e"], config: MixerConfig) -> tuple[Array, Array, Array]:
-    """[z | x B C | dt] -> z [b l d_inner], xBC [b l c], dt [b l h]."""
-    return tuple(jnp.split(zxbcdt, (config.d_inner, config.d_inner + config.conv_channels), axis=-1))
-
-
-def split_channels(xBC: Float[Array, "*b c"], config: MixerConfig) -> tuple[Array, Array, Array]:
-    """[x | B | C] -> x [.. h p], B [.. g n], C [.. g n]."""
-    grouped = config.n_groups * config.d_state
-    x, B, C = jnp.split(xBC, (config.d_inner, config.d_inner + grouped), axis=-1)
-    lead = xBC.shape[:-1]
-    return (
-        x.reshape(*lead, config.n_heads, config.head_dim),
-        B.reshape(*lead, config.n_groups, config.d_state),
-        C.reshape(*lead, config.n_groups, config.d_state),
-    )
-
-
 class Mamba2Mixer(nn.Module):
     """in_proj -> causal conv + SiLU -> SSD -> gated RMS norm -> out_proj."""
 

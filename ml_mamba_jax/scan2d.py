@@ -6,18 +6,12 @@ import jax.numpy as jnp
 import pallas_kernels as pk
 from ml_mamba_jax.config import ConnectorConfig
 from ml_mamba_jax.layers import with_axes
-from ml_mamba_jax.mamba2 import (
-    declare_scan_parameters,
-    in_projection,
-    out_projection,
-    split_channels,
-    split_projection,
-)
+from ml_mamba_jax.mamba2 import declare_scan_parameters, in_projection, out_projection
 from ml_mamba_jax.typing import Hidden
 
 
 class ScanMixer(nn.Module):
-    """in_proj -> for each direction: conv + SiLU, SSD, gated norm -> mean over directions -> out_proj.
+    """in_proj -> for each direction: conv + SiLU, SSD, gated norm -> mean over directions -> out_proj: `mamba2_grid`.
 
     Projections, gate and norm weight are shared; convolution, dt_bias, A and D belong to a direction (arXiv 2407.19832,
     3.3.1).
@@ -32,31 +26,20 @@ class ScanMixer(nn.Module):
         mixer, directions = self.config.mixer, self.config.directions
         scan = declare_scan_parameters(self, mixer, len(directions))
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (mixer.d_inner,))
-        z, xBC, dt = split_projection(in_projection(mixer, self.dtype)(u), mixer)
-        x, B, C = split_channels(xBC, mixer)
-        y = pk.visual_scan(
-            x,
-            dt,
+        y = pk.mamba2_grid(
+            in_projection(mixer, self.dtype)(u),
+            scan.conv_weight,
             -jnp.exp(scan.A_log.astype(jnp.float32)),
-            B,
-            C,
             grid=self.grid,
             directions=directions,
+            norm_weight=norm_weight,
+            groups=mixer.n_groups,
+            conv_bias=scan.conv_bias,
             D=scan.D,
             dt_bias=scan.dt_bias,
-            dt_softplus=True,
             dt_limit=mixer.dt_limit,
-            conv_weight=scan.conv_weight,
-            conv_bias=scan.conv_bias,
-            merge=None,
+            norm_eps=mixer.norm_eps,
+            norm_before_gate=mixer.norm_before_gate,
             chunk_size=mixer.chunk_size,
         )
-        y = pk.gated_rms_norm(
-            y.reshape(len(directions), *z.shape),
-            jnp.broadcast_to(z[None], (len(directions), *z.shape)),
-            norm_weight,
-            eps=mixer.norm_eps,
-            group_size=mixer.d_inner // mixer.n_groups,
-            norm_before_gate=mixer.norm_before_gate,
-        )
-        return out_projection(mixer, self.dtype, self.config.n_layers)(jnp.mean(y, axis=0))
+        return out_projection(mixer, self.dtype, self.config.n_layers)(y)

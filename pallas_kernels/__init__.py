@@ -11,6 +11,7 @@ from pallas_kernels.causal_conv1d.api import CAUSAL_CONV1D, causal_conv1d, causa
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Explanation, Implementation, use_implementation
 from pallas_kernels.gated_rms_norm.api import GATED_RMS_NORM, gated_rms_norm
 from pallas_kernels.mamba2_layers_step.api import MAMBA2_LAYERS_STEP, mamba2_layers_step
+from pallas_kernels.mamba2_grid.api import MAMBA2_GRID, mamba2_grid
 from pallas_kernels.mamba2_sequence.api import MAMBA2_SEQUENCE, mamba2_sequence
 from pallas_kernels.mamba2_step.api import MAMBA2_STEP, mamba2_step
 from pallas_kernels.sharded import keep_split, use_mesh
@@ -29,6 +30,7 @@ OPS = {
         MAMBA2_STEP,
         MAMBA2_LAYERS_STEP,
         VISUAL_SCAN,
+        MAMBA2_GRID,
     )
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "gated_rms_norm",
     "keep_split",
     "mamba2_layers_step",
+    "mamba2_grid",
     "mamba2_sequence",
     "mamba2_step",
     "scan_order",

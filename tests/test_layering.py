@@ -51,7 +51,7 @@ HEAVY = {
         ("train.py", "convert_torch.py", "configs/", TRAINING, "ml_mamba_jax/chat.py", "ml_mamba_jax/info.py")
     ),
     "jax_triton": Heavy(("pallas_kernels/",)),
-    "triton": Heavy(("pallas_kernels/",)),
+    "triton": Heavy(("pallas_kernels/", "benchmarks/triton_conv.py")),
 }
 KERNELS_MAY_IMPORT = {"jax", "jaxtyping", "numpy", "pallas_kernels"}
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}

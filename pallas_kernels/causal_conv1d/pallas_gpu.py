@@ -3,6 +3,9 @@
 A thread block walks along some tokens of a row with some of its channels: a thread holds neighbouring channels, and
 the last w - 1 inputs stay in its registers. So x is read once, in whole cache lines, and nothing is shared between
 threads. The backward walk computes the activations again, w - 1 tokens further than it writes.
+
+Several walks (`pallas_kernels.walks`), each with its own weights, read the same x where it lies, from the end or down
+the columns of a grid; what they write is in the order of their tokens in memory.
 """
 
 import functools
@@ -19,6 +22,7 @@ from pallas_kernels.causal_conv1d import xla
 from pallas_kernels.gradients import with_gradient
 from pallas_kernels.hopper import FLOATS, PROCESSORS, launch, load32, sigmoid, why_not_here  # noqa: F401, part of a backend
 from pallas_kernels.segments import number_segments
+from pallas_kernels.walks import ONE_WALK, Walks, mirrored
 
 THREADS = 128  # of a block
 TOGETHER = 4  # tokens whose loads are issued before the first is used
@@ -55,13 +59,13 @@ def causal_conv1d(
 
 def _forward(x, weight, bias=None, initial_state=None, number=None, *, activation):
     channels = x.shape[2]
-    filled = _fill({"x": x, "weight": weight.T, "bias": bias, "initial_state": initial_state})
+    filled = _fill({"x": x, "weight": weight.T, "bias": _as_row(bias), "initial_state": initial_state})
     return convolve(**filled, number=number, activation=activation)[..., :channels]
 
 
 def _gradients(x, weight, bias=None, initial_state=None, number=None, *, dy, activation) -> dict:
     channels, width = weight.shape
-    filled = _fill({"x": x, "dy": dy, "weight": weight.T, "bias": bias, "initial_state": initial_state})
+    filled = _fill({"x": x, "dy": dy, "weight": weight.T, "bias": _as_row(bias), "initial_state": initial_state})
     dx, sums = convolve_backward(**filled, number=number, activation=activation)
     sums = sums.sum(axis=(0, 1))[:, :channels]
     result = {"x": dx[..., :channels], "weight": sums[:width].T.astype(weight.dtype)}
@@ -85,58 +89,88 @@ def _gradients(x, weight, bias=None, initial_state=None, number=None, *, dy, act
     return result
 
 
+def _as_row(bias):
+    return None if bias is None else bias[None]
+
+
 def _fill(arrays: dict) -> dict:
     """Without what is None, and zeros behind the last channels up to a multiple of `THREADS`."""
-    arrays = {name: a for name, a in arrays.items() if a is not None and a.size}
-    missing = -arrays["x"].shape[2] % THREADS
-    return {name: jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, missing),)) for name, a in arrays.items()}
+    return {name: filled_channels(a) for name, a in arrays.items() if a is not None and a.size}
+
+
+def filled_channels(a):
+    """`a` with zeros behind its last axis up to a multiple of `THREADS`."""
+    missing = -a.shape[-1] % THREADS
+    return jnp.pad(a, ((0, 0),) * (a.ndim - 1) + ((0, missing),)) if missing else a
 
 
 # The kernels.
 
 
-def convolve(*, x, weight, bias=None, initial_state=None, number=None, activation, first=0):
-    """y [b l c] of the channels of x [b l e] from `first` on; weight [w c], number [b l] the segments, -1 for padding."""
+def convolve(*, x, weight, bias=None, initial_state=None, number=None, activation, first=0, walks=ONE_WALK):
+    """y [b l c] of the channels of x [b l e] from `first` on; weight [w c], bias [1 c], number [b l] the
+    segments, -1 for padding.
+
+    Of k walks weight [k*w c], bias [k c], and y [k*b l c], its tokens as they lie for the walks; without initial_state.
+    """
     batch, length, row = x.shape
     channels = weight.shape[1]
     width = _neighbours(channels, first, row)
-    tokens = _tokens(batch, length, channels // width)
+    tokens = _tokens(batch * walks.number, length, channels // width)
     inputs = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state, "number": number}
     inputs = {name: a for name, a in inputs.items() if a is not None}
     return launch(
-        functools.partial(_walk, [*inputs], tokens, width, first, activation),
+        functools.partial(_walk, [*inputs], tokens, width, first, activation, walks),
         "causal_conv1d",
-        jax.ShapeDtypeStruct((batch, length, channels), x.dtype),
-        grid={"batch": batch, "tokens": -(-length // tokens), "channels": channels // width},
+        jax.ShapeDtypeStruct((batch * walks.number, length, channels), x.dtype),
+        grid=_grid(batch, -(-length // tokens), channels // width, walks),
         approximately=True,
     )(*inputs.values())
 
 
 def convolve_backward(
-    *, x, dy, weight, bias=None, initial_state=None, number=None, activation, first=0, into=None, into_first=0
+    *,
+    x,
+    dy,
+    weight,
+    bias=None,
+    initial_state=None,
+    number=None,
+    activation,
+    first=0,
+    into=None,
+    into_first=0,
+    walks=ONE_WALK,
 ):
     """(dx [b l c], sums [b blocks w+1 c] float32: in parts the gradient of weight and bias); arguments as of `convolve`.
 
     With `into`, a reference to an array [b l e], dx is written to its channels from `into_first` on; dx is then None.
+    Of k walks dy, dx and sums have k*b rows; dx is of each walk, its tokens as they lie for the walks.
     """
     batch, length, row = x.shape
-    taps, channels = weight.shape
+    channels, rows = weight.shape[1], batch * walks.number
+    taps = weight.shape[0] // walks.number
     width = _neighbours(channels, math.gcd(first, into_first), row)
-    tokens = _tokens(batch, length, channels // width)
+    tokens = _tokens(rows, length, channels // width)
     blocks = -(-length // tokens)
     inputs = {"x": x, "dy": dy, "weight": weight, "bias": bias, "initial_state": initial_state, "number": number}
     inputs = {name: a for name, a in inputs.items() if a is not None}
-    dx = jax.ShapeDtypeStruct((batch, length, channels), x.dtype)
-    sums = jax.ShapeDtypeStruct((batch, blocks, taps + 1, channels), jnp.float32)
+    dx = jax.ShapeDtypeStruct((rows, length, channels), x.dtype)
+    sums = jax.ShapeDtypeStruct((rows, blocks, taps + 1, channels), jnp.float32)
     names = [*inputs] if into is None else [*inputs, "dx"]
     run = launch(
-        functools.partial(_walk_back, names, tokens, width, first, into_first, activation),
+        functools.partial(_walk_back, names, tokens, width, first, into_first, activation, walks),
         "causal_conv1d_gradient",
         (dx, sums) if into is None else sums,
-        grid={"batch": batch, "tokens": blocks, "channels": channels // width},
+        grid=_grid(batch, blocks, channels // width, walks),
         approximately=True,
     )
     return run(*inputs.values()) if into is None else (None, run(*inputs.values(), into))
+
+
+def _grid(batch: int, tokens: int, channels: int, walks: Walks) -> dict[str, int]:
+    """All walks over some tokens start together: one of them brings x into the cache."""
+    return {"batch": batch, "tokens": tokens, "walk": walks.number, "channels": channels}
 
 
 def _neighbours(channels: int, first: int, row: int) -> int:
@@ -152,10 +186,10 @@ def _tokens(batch: int, length: int, blocks: int) -> int:
     return 32
 
 
-def _walk(names, tokens, width, first, activation, *refs):
+def _walk(names, tokens, width, first, activation, walks, *refs):
     *inputs, y_ref = refs
     refs = dict(zip(names, inputs, strict=True))
-    walk = _Walk(refs, tokens, width, first)
+    walk = _Walk(refs, tokens, width, first, walks)
 
     def step(group, window):
         at = walk.start + group * TOGETHER
@@ -169,7 +203,7 @@ def _walk(names, tokens, width, first, activation, *refs):
 
             @pl.when(at + i < walk.length)
             def _(y=y, t=at + i):
-                y_ref.at[walk.batch, t, walk.own_channels][...] = y.astype(y_ref.dtype)
+                y_ref.at[walk.row, walk.place(t), walk.own_channels][...] = y.astype(y_ref.dtype)
 
             window = (row, *window)[: walk.taps - 1]
         return window
@@ -178,9 +212,9 @@ def _walk(names, tokens, width, first, activation, *refs):
     lax.fori_loop(0, groups, step, walk.window())
 
 
-def _walk_back(names, tokens, width, first, into_first, activation, *refs):
+def _walk_back(names, tokens, width, first, into_first, activation, walks, *refs):
     refs = dict(zip([*names, "sums"] if "dx" in names else [*names, "dx", "sums"], refs, strict=True))
-    walk = _Walk(refs, tokens, width, first)
+    walk = _Walk(refs, tokens, width, first, walks)
     taps = walk.taps
     end = walk.start + jnp.minimum(tokens, walk.length - walk.start)
     dx_channels = pl.ds(into_first + lax.axis_index("channels") * width, width)
@@ -221,7 +255,7 @@ def _walk_back(names, tokens, width, first, into_first, activation, *refs):
 
             @pl.when((behind >= walk.start) & (behind < end))
             def _(dx=dx, behind=behind):
-                refs["dx"].at[walk.batch, behind, dx_channels][...] = dx.astype(refs["dx"].dtype)
+                refs["dx"].at[walk.row, walk.place(behind), dx_channels][...] = dx.astype(refs["dx"].dtype)
 
             gradients = gradients[:-1]
             window = (row, *window)[: walk.taps - 1]
@@ -232,7 +266,7 @@ def _walk_back(names, tokens, width, first, into_first, activation, *refs):
     carry = walk.window(), (nothing,) * (taps - 1), (walk.zeros(),) * (taps + 1)
     *_, sums = lax.fori_loop(0, groups, step, carry)
     for i, total in enumerate(sums):
-        refs["sums"].at[walk.batch, lax.axis_index("tokens"), i, walk.own_channels][...] = total
+        refs["sums"].at[walk.row, lax.axis_index("tokens"), i, walk.own_channels][...] = total
 
 
 class _Token(NamedTuple):
@@ -242,25 +276,43 @@ class _Token(NamedTuple):
 
 
 class _Walk:
-    """Where a thread block walks: from token `start` on, with channels whose weights it holds."""
+    """Where a thread block walks: from the token met as number `start` on, with channels whose weights it holds."""
 
-    def __init__(self, refs: dict, tokens: int, width: int, first: int):
-        self.batch, self.start = lax.axis_index("batch"), lax.axis_index("tokens") * tokens
-        self.length, self.taps = refs["x"].shape[1], refs["weight"].shape[0]
+    def __init__(self, refs: dict, tokens: int, width: int, first: int, walks: Walks):
+        batch, self.length = refs["x"].shape[:2]
+        self.batch, walk = lax.axis_index("batch"), lax.axis_index("walk")
+        self.row = walk * batch + self.batch
+        self.backwards = walks.backwards(walk, walks.number)
+        # Blocks that start together are near each other in memory.
+        self.start = mirrored(self.backwards, lax.axis_index("tokens"), -(-self.length // tokens)) * tokens
+        self.taps = refs["weight"].shape[0] // walks.number
         self.own_channels = pl.ds(lax.axis_index("channels") * width, width)
         self.channels = {"x": pl.ds(first + self.own_channels.start, width)}
         self.layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // THREADS)
-        self.weights = [load32(refs["weight"].at[tap, self.own_channels], self.layout) for tap in range(self.taps)]
-        self.bias = load32(refs["bias"].at[self.own_channels], self.layout) if "bias" in refs else None
-        self._refs, self._width = refs, width
+        self.weights = [
+            load32(refs["weight"].at[walk * self.taps + tap, self.own_channels], self.layout)
+            for tap in range(self.taps)
+        ]
+        self.bias = None
+        if "bias" in refs:
+            self.bias = load32(refs["bias"].at[walk, self.own_channels], self.layout)
+        self._refs, self._width, self._walks = refs, width, walks
+
+    def place(self, token):
+        """Where the token lies that is met as number `token`."""
+        return mirrored(self.backwards, token, self.length)
 
     def zeros(self):
         return plgpu.layout_cast(jnp.zeros(self._width, jnp.float32), self.layout)
 
     def load(self, name: str, token):
         """A row of x or dy. Behind the end that of the last token, which nobody uses."""
+        place = self.place(jnp.minimum(token, self.length - 1))
+        row = self.row
+        if name == "x":
+            row, place = self.batch, self._walks.on_grid(place)
         channels = self.channels.get(name, self.own_channels)
-        return load32(self._refs[name].at[self.batch, jnp.minimum(token, self.length - 1), channels], self.layout)
+        return load32(self._refs[name].at[row, place, channels], self.layout)
 
     def token(self, token) -> _Token:
         """An input and its segment, zero where it is padding."""

@@ -72,7 +72,7 @@ def normalize(*, x, z, weight, eps, width, norm_before_gate):
     Groups are a multiple of `THREADS` wide, `width` of it channels and the rest zeros.
     """
     rows, channels = x.shape
-    plan = _Plan(rows, channels, width, z.shape[1], BLOCKS)
+    plan = Plan(rows, channels, width, z.shape[1], BLOCKS)
     return launch(
         functools.partial(_forward, plan, eps, norm_before_gate),
         "gated_rms_norm",
@@ -88,7 +88,7 @@ def normalize_backward(*, x, z, weight, dy, eps, width, norm_before_gate, row_of
     With `row_of_dz` dz is [rows row_of_dz]; only its first c channels are written.
     """
     rows, channels = x.shape
-    plan = _Plan(rows, channels, width, z.shape[1], BLOCKS_BACKWARD)
+    plan = Plan(rows, channels, width, z.shape[1], BLOCKS_BACKWARD)
     return launch(
         functools.partial(_backward, plan, eps, norm_before_gate),
         "gated_rms_norm_gradient",
@@ -102,7 +102,7 @@ def normalize_backward(*, x, z, weight, dy, eps, width, norm_before_gate, row_of
     )(x, z, weight, dy)
 
 
-class _Plan:
+class Plan:
     """Which rows and channels a thread block takes."""
 
     def __init__(self, rows: int, channels: int, width: int, row_of_z: int, most_blocks: int):

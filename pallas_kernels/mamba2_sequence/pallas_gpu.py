@@ -115,7 +115,7 @@ def _convolution(sizes, arrays: dict) -> dict[str, dict]:
         found[name] = {
             "x": arrays["zxbcdt"],
             "weight": arrays["conv_weight"][channels].T,
-            "bias": None if bias is None else bias[channels],
+            "bias": None if bias is None else bias[None, channels],
             "initial_state": None if state is None else state[..., channels],
             "number": number,
             "first": sizes.inner + channels.start,

@@ -15,7 +15,7 @@ from pallas_kernels.visual_scan.directions import DIRECTIONS
 VISUAL_SCAN = Op(
     "visual_scan",
     "pallas_kernels.visual_scan",
-    ("reference", "xla", "pallas_gpu"),
+    ("reference", "xla", "pallas_gpu", "pallas_tpu"),
     axes={
         "x": "b t h p",
         "dt": "b t h",
@@ -73,13 +73,7 @@ def visual_scan(
     k = len(directions)
     if not batch or not length:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected at least one grid of at least one patch")
-    if grid[0] * grid[1] != length:
-        raise ValueError(f"grid: got {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches, expected l = {length}")
-    if not k:
-        raise ValueError(f"directions: got none, expected names from {', '.join(DIRECTIONS)}")
-    for direction in directions:
-        if direction not in DIRECTIONS:
-            raise ValueError(f"directions: got {direction!r}, expected names from {', '.join(DIRECTIONS)}")
+    check_walks(grid, directions, length)
     if merge not in ("mean", "sum", None):
         raise ValueError(f"merge: got {merge!r}, expected 'mean', 'sum' or None")
     check_shape("dt", dt, "b l h", (batch, length, heads))
@@ -119,3 +113,14 @@ def visual_scan(
         chunk_size=chunk_size,
         precision=precision,
     )
+
+
+def check_walks(grid: tuple[int, int], directions: Sequence[str], length: int) -> None:
+    """ValueError where `directions` are not walks over a grid of `length` patches."""
+    if grid[0] * grid[1] != length:
+        raise ValueError(f"grid: got {grid[0]} x {grid[1]} = {grid[0] * grid[1]} patches, expected l = {length}")
+    if not directions:
+        raise ValueError(f"directions: got none, expected names from {', '.join(DIRECTIONS)}")
+    for direction in directions:
+        if direction not in DIRECTIONS:
+            raise ValueError(f"directions: got {direction!r}, expected names from {', '.join(DIRECTIONS)}")

@@ -1,13 +1,16 @@
 """What the backward kernels of the Mosaic GPU backend compute, in plain JAX: for where there is no GPU.
 
 They stand in for `boundaries.boundary_states`, `backward.chunk_gradients` and `backward.log_decay_gradients`, read what
-those read and round where they round, so all that surrounds the kernels can be tested on a CPU.
+those read and round where they round, so all that surrounds the kernels can be tested on a CPU. What walks share is
+repeated first, and walks from the end are emulated on flipped arrays.
 """
 
 import jax.numpy as jnp
 
 from pallas_kernels.ssd.pallas_gpu import backward, exponents
 from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK
+from pallas_kernels.walks import ONE_WALK
+from tests.kernels.walk_emulation import backwards_of, flipped, in_time, repeated, rows_of_skip
 
 
 def _chunked(a, chunks, slices):
@@ -22,7 +25,21 @@ def _by_slice(factors, slices):
     return jnp.swapaxes(jnp.repeat(factors, slices // factors.shape[1], axis=1), 1, 2)
 
 
-def boundary_states(*, x, dy, B, C, factors, ends=None):
+def _in_time(factors, walks, **arrays):
+    """(the rows that are walked from the end, factors, arrays), all rows in the order of their walk."""
+    rows, _, chunks = factors.shape[:3]
+    backwards = backwards_of(rows, walks)
+    arrays = {name: in_time(repeated(a, rows), chunks * CHUNK, backwards) for name, a in arrays.items()}
+    return backwards, flipped(factors, backwards, 2, 4), arrays
+
+
+def boundary_states(*, x, dy, B, C, factors, ends=None, walks=ONE_WALK):
+    backwards, factors, arrays = _in_time(factors, walks, x=x, dy=dy, B=B, C=C)
+    (S, dS), entered = _boundary_states(**arrays, factors=factors, ends=ends)
+    return jnp.stack([flipped(a, backwards, 1) for a in (S, dS)]), entered
+
+
+def _boundary_states(*, x, dy, B, C, factors, ends):
     batch, _, slices, _ = x.shape
     chunks, n, dtype = factors.shape[2], B.shape[-1], x.dtype
     f = _by_slice(factors, slices)
@@ -42,12 +59,23 @@ def boundary_states(*, x, dy, B, C, factors, ends=None):
     return jnp.stack(states), state
 
 
-def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None):
+def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None, walks=ONE_WALK):
+    length = x.shape[1]
+    backwards, factors, arrays = _in_time(factors, walks, x=x, dy=dy, B=B, C=C)
+    if D is not None and walks.number > 1:
+        D = rows_of_skip(D, walks, factors.shape[0])
+    states = [flipped(a, backwards, 1) for a in states]
+    *of_tokens, sums = _chunk_gradients(**arrays, factors=factors, states=states, D=D, first_visible=first_visible)
+    dx, dB, dC = (flipped(a, backwards, 1) for a in of_tokens)
+    return dx[:, :length], dB, dC, flipped(sums, backwards, 2, 4)
+
+
+def _chunk_gradients(*, x, dy, B, C, factors, states, D, first_visible):
     batch, length, slices, _ = x.shape
     chunks, (groups, n), dtype = factors.shape[2], B.shape[2:], x.dtype
     s, from_state, to_end, written, d = jnp.moveaxis(_by_slice(factors, slices), 3, 0)
     x, dy, B, C = (_chunked(a, chunks, slices) for a in (x, dy, B, C))
-    S, dS = states.astype(jnp.float32)
+    S, dS = (a.astype(jnp.float32) for a in states)
 
     def rounded(a):
         return a.astype(dtype).astype(jnp.float32)
@@ -67,7 +95,7 @@ def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None)
     r = r_state + product("bcsij,bcsip->bcsjp", rounded(E * scores), dy)
     dx = r * d[..., None]
     if D is not None:
-        dx += dy * (D[None, None, :, None, None] if D.ndim == 1 else D[None, None, :, None])
+        dx += dy * (D[:, None, :, None] if D.ndim == 3 else D.reshape(1, 1, slices, 1, -1))
     dB = product("bcsjp,bcspn->bcsjn", rounded(x * jnp.exp2(written)[..., None]), dS)
     dC = product("bcsip,bcspn->bcsin", rounded(dy * jnp.exp2(from_state)[..., None]), S)
 
@@ -92,7 +120,13 @@ def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None)
     return dx, dB, dC, sums
 
 
-def log_decay_gradients(sums, factors):
+def log_decay_gradients(sums, factors, walks):
+    backwards = backwards_of(factors.shape[0], walks)
+    sums, factors = (flipped(a, backwards, 4) for a in (sums, factors))
+    return flipped(_log_decay_gradients(sums, factors), backwards, 3)
+
+
+def _log_decay_gradients(sums, factors):
     d, kept = factors[..., exponents.STEP, :], jnp.exp2(factors[..., exponents.FROM_STATE, -1])
     through_end = d * sums[..., backward.X_STATE, :]
     ds = sums[..., backward.ROW, :] - d * sums[..., backward.COLUMN, :] - through_end

@@ -19,6 +19,7 @@ from tests.kernels import (
     causal_conv1d_suite,
     gated_rms_norm_suite,
     mamba2_layers_step_suite,
+    mamba2_grid_suite,
     mamba2_step_suite,
     ssd_suite,
     visual_scan_suite,
@@ -80,6 +81,7 @@ def of_a_stack(arrays):
 
 CONV = causal_conv1d_suite.problem(b=8, l=47, c=8)
 GATED = gated_rms_norm_suite.problem(4, 3, 16)
+GRID = mamba2_grid_suite.problem((2, 3), k=2, b=4, n=2, g=1)
 SCAN = functools.partial(visual_scan_suite.problem, grid=(2, 3), k=2, b=4, n=2)
 
 
@@ -93,14 +95,18 @@ SCAN = functools.partial(visual_scan_suite.problem, grid=(2, 3), k=2, b=4, n=2)
         ("gated_rms_norm", gated_rms_norm_suite.problem(2, 4, 3, 16), {"eps": 1e-3, "group_size": 8}, 4, 2),
         ("visual_scan", SCAN(g=1), {"merge": "mean"}, 2, 4),
         ("visual_scan", without(SCAN(g=2, D="h p"), "conv_weight", "conv_bias"), {"merge": None}, 4, 2),
+        ("mamba2_grid", GRID, {}, 4, 1),
+        ("mamba2_grid", GRID, {"norm_eps": 1e-3}, 2, 2),  # part by part
         ("mamba2_step", of_a_stack(mamba2_step_suite.problem(b=8)), {"layer": jnp.asarray(1)}, 8, 1),
         ("mamba2_step", mamba2_step_suite.problem(b=4, g=1), {}, 2, 4),  # part by part
         ("mamba2_layers_step", mamba2_layers_step_suite.problem(b=4, g=1), {}, 2, 4),  # layer by layer
     ],
 )
 def test_op(op, arrays, options, data, tensor):
+    if op in ("visual_scan", "mamba2_grid"):
+        options = options | {"grid": (2, 3), "directions": pk.DIRECTIONS[1:3]}
     if op == "visual_scan":
-        options = options | {"grid": (2, 3), "directions": pk.DIRECTIONS[1:3], "dt_softplus": True}
+        options = options | {"dt_softplus": True}
     check(functools.partial(getattr(pk, op), **options), arrays, data, tensor)
 
 

@@ -2,9 +2,10 @@
 
 They stand in for `exponents.cumulated`, `forward.walk` and `forward.states_of_parts`, read what those read (the prepared
 exponents, the integers of packed sequences, the parts of a split sequence) and round where they round, so all that
-surrounds the kernels can be tested on a CPU.
+surrounds the kernels can be tested on a CPU. Walks from the end are emulated on flipped arrays.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -13,8 +14,27 @@ from pallas_kernels.ssd.pallas_gpu.tiles import CHUNK
 from pallas_kernels.ssd.visibility import start_of_sequence
 
 
-def cumulated(d, A, names):
-    s = jnp.cumsum(d, axis=3) * (A.astype(jnp.float32) * math.log2(math.e))[None, :, None, None]
+def flipped(a, backwards, *axes):
+    """`a` [k*b ..] with the rows of walks from the end flipped on `axes`; backwards [k*b]."""
+    return jnp.where(backwards.reshape(-1, *(1,) * (a.ndim - 1)), jnp.flip(a, axes), a)
+
+
+def backwards_of(rows, walks):
+    return jnp.arange(rows) >= rows // walks.number * walks.forwards
+
+
+def repeated(a, rows):
+    """What walks share, for each of them."""
+    return jnp.tile(a, (rows // a.shape[0], *(1,) * (a.ndim - 1)))
+
+
+def cumulated(d, rates, names, walks):
+    backwards = backwards_of(d.shape[0], walks)
+    return flipped(_cumulated(flipped(d, backwards, 3), rates, names), backwards, 4)
+
+
+def _cumulated(d, rates, names):
+    s = jnp.cumsum(d, axis=3) * (rates * math.log2(math.e))[..., None, None]
     u, last = s - jnp.log2(d), s[..., -1:]
     values = {"s": s, "u": u, "to_end": last - s, "written": last - u, "d": d}
     return jnp.stack([values[name] for name in names], axis=3)
@@ -46,6 +66,44 @@ def _left_at_end(s, u, first_visible):
     return kept, to_end
 
 
+def in_time(a, tokens, backwards):
+    """[k*b l ..] as walks meet the tokens of all chunks, zeros behind the end of the sequence."""
+    a = jnp.pad(a[:, :tokens], ((0, 0), (0, max(0, tokens - a.shape[1])), *((0, 0),) * (a.ndim - 2)))
+    return flipped(a, backwards, 1)
+
+
+def of_walks(kernel):
+    """`kernel(plan=, x=, B=, factors=, ...)` for one walk -> the same for several, all rows in the order of their walk."""
+
+    @functools.wraps(kernel)
+    def run(*, plan, x, B, factors, walks, C=None, D=None, **arguments):
+        if walks.number == 1 and walks.forwards == 1:
+            read = {} if C is None else {"C": C, "D": D}
+            return kernel(plan=plan, x=x, B=B, factors=factors, **read, **arguments)
+        rows, length = factors.shape[0], x.shape[1]
+        backwards = backwards_of(rows, walks)
+
+        def walked(a):
+            return in_time(repeated(a, rows), plan.chunks * CHUNK, backwards)
+
+        read = {} if C is None else {"C": walked(C), "D": None if D is None else rows_of_skip(D, walks, rows)}
+        factors = flipped(factors, backwards, 2, 4)
+        results = kernel(plan=plan, x=walked(x), B=walked(B), factors=factors, **read, **arguments)
+        if C is None:
+            return results
+        return flipped(results[0], backwards, 1)[:, :length], results[1]
+
+    return run
+
+
+def rows_of_skip(D, walks, rows):
+    """[k*slices ..] -> [k*b slices 64], which differs between rows"""
+    D = D.reshape(walks.number, -1, *D.shape[1:])
+    D = jnp.broadcast_to(D[..., None], (*D.shape, CHUNK)) if D.ndim == 2 else D
+    return jnp.repeat(D, rows // walks.number, axis=0)
+
+
+@of_walks
 def states_of_parts(*, plan, x, B, factors, first_visible=None):
     batch, _, slices, _ = x.shape
     dtype = x.dtype
@@ -65,6 +123,7 @@ def states_of_parts(*, plan, x, B, factors, first_visible=None):
     return jnp.stack(added, axis=1), jnp.stack(kept, axis=1)
 
 
+@of_walks
 def walk(
     *,
     plan,
@@ -112,7 +171,7 @@ def walk(
             y = jnp.einsum("bsin,bspn->bsip", C[chunk], rounded(carried)) * jnp.exp2(s)[..., None]
             y = jnp.where(enters, y, 0)
             if D is not None:
-                y += (D[None, :, None, None] if D.ndim == 1 else D[None, :, None]) * x_c
+                y += (D[:, :, None] if D.ndim == 3 else D.reshape(1, slices, 1, -1)) * x_c
             y += jnp.einsum("bsij,bsjp->bsip", rounded(weights), x_c)
             if z is not None:
                 y *= z_chunks[chunk] / (1 + jnp.exp(-z_chunks[chunk]))

@@ -17,6 +17,9 @@ order: no atomics, the same bits every time.
 The step sizes and decays get their gradients from a few numbers for each token, see `log_decay_gradients`. With W_ij =
 E_ij d_j G_ij M_ij, the gradient of s_i is the sum of row i less the sum of column i: numbers that nearly cancel, so
 both sides compute W in float32 and from the same exponents.
+
+Several walks over the same tokens (`pallas_kernels.walks`) are further rows of the work. Only who sees whom differs in
+a walk from the end, and where a chunk ends.
 """
 
 import dataclasses
@@ -45,8 +48,10 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     operand,
     rows,
     square,
+    times,
     zeros,
 )
+from pallas_kernels.walks import ONE_WALK, Walks, choose, shared
 
 STAGES = 3
 WIDEST_STATE = 128  # dB and dC of a wider one do not fit into registers
@@ -55,8 +60,12 @@ WIDEST_STATE = 128  # dB and dC of a wider one do not fit into registers
 X_R, COLUMN, X_STATE, X_DY, ROW, STATES = range(6)
 
 
-def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_state) -> dict:
-    """The gradient of every array of `arrays`, the arguments of `ssd` by name, for those of its outputs."""
+def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_state, walks=ONE_WALK) -> dict:
+    """The gradient of every array of `arrays`, the arguments of `forward.outputs` by name, for those of its outputs.
+
+    Of k walks dy may have k*b rows, or b rows that all walks share. Gradients of x, B and C are those of each walk: they
+    have k*b rows, and those of B and C are float32.
+    """
     dy, dfinal = cotangents if return_final_state else (cotangents, None)
     x, dt, A, B, C = (arrays[name] for name in ("x", "dt", "A", "B", "C"))
     D, z, dt_bias, initial_state, segment_ids = (
@@ -74,17 +83,19 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
         result["z"] = dz.astype(z.dtype)
         dy = (dy * gate).astype(x.dtype)
 
-    batch, length, heads, head_dim = x.shape
+    length, heads, head_dim = x.shape[1:]
     state_size = B.shape[-1]
     slices = Slices(heads, head_dim, state_size)
     chunks = -(-length // CHUNK)
 
     def steps_of(dt, A, dt_bias):
-        steps = exponents.step_sizes(dt, dt_bias, dt_softplus, dt_limit, segments)
-        return steps, steps * A.astype(jnp.float32)[None, None]
+        steps = exponents.step_sizes(dt, dt_bias, dt_softplus, dt_limit, segments, walks)
+        by_walk = steps.reshape(walks.number, -1, heads)
+        return steps, (by_walk * A.astype(jnp.float32).reshape(walks.number, 1, heads)).reshape(steps.shape)
 
     (steps, _), steps_pullback = jax.vjp(steps_of, dt, A, dt_bias)
-    factors, first_visible = exponents.prepare_backward(steps, A, segments, chunks)
+    batch = steps.shape[0]  # with those of all walks
+    factors, first_visible = exponents.prepare_backward(steps, A, segments, chunks, walks)
     read = {
         "x": slices.values(x),
         "dy": slices.values(dy),
@@ -96,29 +107,30 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
     if initial_state is not None or dfinal is not None:
         none = jnp.zeros((batch, heads, head_dim, state_size))
         ends = jnp.stack([slices.states(none if a is None else a) for a in (initial_state, dfinal)])
-    states, entered = boundary_states(**read, ends=ends)
+    states, entered = boundary_states(**read, ends=ends, walks=walks)
     skip = None if D is None else slices.skip(D)
-    dx, dB, dC, sums = chunk_gradients(**read, states=states, D=skip, first_visible=first_visible)
+    dx, dB, dC, sums = chunk_gradients(**read, states=states, D=skip, first_visible=first_visible, walks=walks)
     sums = sums.reshape(batch, heads, slices.per_head, chunks, 6, CHUNK).sum(axis=2)
     result["x"] = slices.without_filling(dx)
     for name, like, a in (("B", B, dB), ("C", C, dC)):
-        result[name] = a[:, :length, :, :state_size].astype(like.dtype)
+        result[name] = a[:, :length, :, :state_size].astype(like.dtype if walks.number == 1 else a.dtype)
 
     # dt, A and dt_bias through the step sizes and the decays.
     def by_token(a):
         """[b h chunks 64] -> [b l h]"""
         return jnp.swapaxes(a.reshape(batch, heads, -1), 1, 2)[:, :length]
 
-    dsteps, dlog_decays = by_token(sums[..., X_R, :]), by_token(log_decay_gradients(sums, factors))
+    dsteps, dlog_decays = by_token(sums[..., X_R, :]), by_token(log_decay_gradients(sums, factors, walks))
     result["dt"], result["A"], dbias = steps_pullback((dsteps, dlog_decays))
     if dt_bias is not None:
         result["dt_bias"] = dbias
     if D is not None:
         if D.ndim == 1:
-            dD = sums[..., X_DY, :].sum((0, 2, 3))
+            dD = sums[..., X_DY, :].reshape(walks.number, -1, heads, chunks * CHUNK).sum((1, 3))
         else:
-            dD = jnp.sum(x.astype(jnp.float32) * dy.astype(jnp.float32), axis=(0, 1))
-        result["D"] = dD.astype(D.dtype)
+            x, dy = (a.reshape(-1, dt.shape[0], *a.shape[1:]).astype(jnp.float32) for a in (x, dy))
+            dD = jnp.broadcast_to(jnp.sum(x * dy, axis=(1, 2)), (walks.number, heads, head_dim))
+        result["D"] = dD.reshape(D.shape).astype(D.dtype)
     if initial_state is not None:
         result["initial_state"] = slices.states_without_filling(entered).astype(initial_state.dtype)
     if segment_ids is not None:
@@ -129,12 +141,12 @@ def gradients(arrays: dict, cotangents, *, dt_softplus, dt_limit, return_final_s
 # The kernels.
 
 
-def log_decay_gradients(sums, factors):
+def log_decay_gradients(sums, factors, walks):
     """The gradient of d A [b h chunks 64], from the sums of `chunk_gradients` and the factors it read."""
-    return over_chunks(_log_decay_gradients, {"sums": sums, "factors": factors}, (CHUNK,), "ssd_log_decays")
+    return over_chunks(_log_decay_gradients, {"sums": sums, "factors": factors}, (CHUNK,), "ssd_log_decays", walks)
 
 
-def _log_decay_gradients(refs, out_ref, tile, ones):
+def _log_decay_gradients(refs, out_ref, tile, backwards, ones):
     def of_sums(row):
         return load(refs["sums"].at[tile, row], MATRIX, device_memory=True)
 
@@ -145,23 +157,25 @@ def _log_decay_gradients(refs, out_ref, tile, ones):
     ones[...] = jnp.where(row >= column, 1.0, 0.0).astype(ones.dtype)  # d_t A is a part of all s_i with i >= t
     d = of_factors(exponents.STEP)
     through_end = d * of_sums(X_STATE)  # through what is left of a token at the end of its chunk
-    later = product_with_ones(of_sums(ROW) - d * of_sums(COLUMN) - through_end, ones)
+    later = product_with_ones(of_sums(ROW) - d * of_sums(COLUMN) - through_end, ones, backwards)
     from_state = jnp.exp2(of_factors(exponents.FROM_STATE))
-    kept = jnp.sum(jnp.where(column == CHUNK - 1, from_state, 0.0), axis=1)
+    kept = jnp.sum(jnp.where(column == choose(backwards, 0, CHUNK - 1), from_state, 0.0), axis=1)
     last = jnp.sum(through_end, axis=1) + kept * jnp.sum(of_sums(STATES), axis=1)
     out_ref.at[tile][...] = later + rows(last)
 
 
-def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None):
+def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None, walks=ONE_WALK):
     """(dx [b l slices 64], dB, dC [b l' g n] float32, sums [b slices chunks 6 64]) with l' the length of all chunks.
 
     x, dy [b l slices 64], B, C [b l g n], factors [b h chunks 5 64] and first_visible [b chunks 64] of
-    `prepare_backward`, states [2 b chunks slices 64 n] of `boundary_states`, D [slices] or [slices 64].
+    `prepare_backward`, states [2 b chunks slices 64 n] of `boundary_states`, D [slices] or [slices 64]. Of k walks
+    factors, states and results have k*b rows, x, dy, B and C b or k*b, and D has k*slices.
     """
-    batch, _, slices, _ = x.shape
+    slices = x.shape[2]
     groups, n = B.shape[2:]
-    heads, chunks = factors.shape[1:3]
-    block = Block(choose_heads(batch * chunks, slices, groups), slices, groups, slices // heads, n, x.dtype)
+    batch, heads, chunks = factors.shape[:3]
+    together = choose_heads(batch * chunks, slices, groups)
+    block = Block(together, slices, groups, slices // heads, n, x.dtype, batch, walks)
     inputs = {"x": x, "dy": dy, "B": B, "C": C, "factors": factors, "states": states}
     inputs |= {name: a for name, a in {"D": D, "first_visible": first_visible}.items() if a is not None}
     blocks = slices // block.heads
@@ -185,7 +199,7 @@ def chunk_gradients(*, x, dy, B, C, factors, states, D=None, first_visible=None)
     dx, dB, dC, sums = plgpu.kernel(
         functools.partial(_body, block, [*inputs]),
         out_type=(
-            jax.ShapeDtypeStruct(x.shape, dtype),
+            jax.ShapeDtypeStruct((batch, *x.shape[1:]), dtype),
             of_block,
             of_block,
             jax.ShapeDtypeStruct((batch, slices, chunks, 6, CHUNK), jnp.float32),
@@ -225,6 +239,13 @@ class Block:
     slices_per_head: int
     n: int
     dtype: jnp.dtype
+    rows: int
+    walks: Walks
+
+    @property
+    def backwards(self):
+        """Whether the walk of this block goes from the end."""
+        return self.walks.backwards(lax.axis_index("batch"), self.rows)
 
 
 def _body(block, input_names, *refs, **buffers):
@@ -262,15 +283,16 @@ def _copy(block, refs, buffers):
     tokens = pl.ds(chunk * CHUNK, CHUNK)
 
     for name in ("B", "C"):
-        plgpu.copy_gmem_to_smem(refs[name].at[batch, tokens, group], buffers[name], buffers["once"])
+        source = refs[name].at[shared(refs[name], batch), tokens, group]
+        plgpu.copy_gmem_to_smem(source, buffers[name], buffers["once"])
     if "first_visible" in refs:
         plgpu.copy_gmem_to_smem(refs["first_visible"].at[batch, chunk], buffers["first_visible"], buffers["once"])
 
     def fetch(step, slot):
         one = first + step
         sources = {
-            "x flat": refs["x"].at[batch, tokens, one],
-            "dy flat": refs["dy"].at[batch, tokens, one],
+            "x flat": refs["x"].at[shared(refs["x"], batch), tokens, one],
+            "dy flat": refs["dy"].at[shared(refs["dy"], batch), tokens, one],
             "S": refs["states"].at[0, batch, chunk, one],
             "dS": refs["states"].at[1, batch, chunk, one],
             "factors": refs["factors"].at[batch, lax.div(one, block.slices_per_head), chunk],
@@ -286,8 +308,7 @@ def _writing_side(block, refs, buffers):
     batch, chunk, _, first = _place(block)
     dtype = block.dtype
     tokens = pl.ds(chunk * CHUNK, CHUNK)
-    position_j = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
-    position_i = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLUMNS)
+    position_j, position_i = times(ROWS, block.backwards), times(COLUMNS, block.backwards)
     plgpu.barrier_wait(buffers["once"])
     scores = _product(buffers["B"], buffers["C"].transpose((1, 0)), CHUNK)
 
@@ -329,7 +350,8 @@ def _writing_side(block, refs, buffers):
                 dy = load(dy_tile, MATRIX).astype(jnp.float32)
                 sums.at[X_DY][...] = jnp.sum(x * dy, axis=1)
                 per_head = len(refs["D"].shape) == 1
-                skip = refs["D"][one] if per_head else columns(load(refs["D"].at[one], COLUMNS, device_memory=True))
+                own = block.walks.of(batch, block.rows) * block.slices + one
+                skip = refs["D"][own] if per_head else columns(load(refs["D"].at[own], COLUMNS, device_memory=True))
                 dx = dx + skip * dy
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous head's dx
             buffers["dx"][...] = dx.astype(dtype)
@@ -350,8 +372,7 @@ def _writing_side(block, refs, buffers):
 def _reading_side(block, refs, buffers):
     """dC and the sums that belong to the tokens i: rows of matrices [i j], [i p] and [i n]."""
     batch, chunk, _, first = _place(block)
-    position_i = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
-    position_j = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLUMNS)
+    position_i, position_j = times(ROWS, block.backwards), times(COLUMNS, block.backwards)
     plgpu.barrier_wait(buffers["once"])
     scores = _product(buffers["C"], buffers["B"].transpose((1, 0)), CHUNK)
 

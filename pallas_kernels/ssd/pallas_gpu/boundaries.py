@@ -6,7 +6,8 @@ gradient dS of the state that leaves each chunk,
     S'   = 2^from_state_Q S  + sum_j 2^written_j x_j B_j^T
     dS'  = 2^from_state_Q dS + sum_i 2^from_state_i dy_i C_i^T      (the gradient of the state that entered)
 
-with the exponents of `exponents.prepare_backward`. Both run in float32 in registers and are kept in 16 bits.
+with the exponents of `exponents.prepare_backward`. Both run in float32 in registers and are kept in 16 bits. Of walks
+from the end (`pallas_kernels.walks`) "forward" means from the last chunk to the first.
 """
 
 import dataclasses
@@ -31,20 +32,23 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     square,
     zeros,
 )
+from pallas_kernels.walks import ONE_WALK, Walks, choose, mirrored, shared
 
 STAGES = 3
 
 
-def boundary_states(*, x, dy, B, C, factors, ends=None):
+def boundary_states(*, x, dy, B, C, factors, ends=None, walks=ONE_WALK):
     """(states [2 b chunks slices 64 n] in the dtype of x: S and dS at each chunk, dS' of the first chunk [b slices 64 n]).
 
     x, dy [b l slices 64], B, C [b l g n], factors [b h chunks 5 64], ends [2 b slices 64 n] float32: the state that
-    enters the first chunk and the gradient of the one that leaves the last, zeros if None.
+    enters the first chunk and the gradient of the one that leaves the last, zeros if None. Of k walks factors and
+    results have k*b rows, x, dy, B and C b or k*b.
     """
-    batch, _, slices, _ = x.shape
+    slices = x.shape[2]
     groups, n = B.shape[2:]
-    heads, chunks, rows_of_factors = factors.shape[1:4]
-    block = Block(2 if slices // groups % 2 == 0 else 1, chunks, slices, groups, slices // heads, n, x.dtype)
+    batch, heads, chunks, rows_of_factors = factors.shape[:4]
+    heads_together = 2 if slices // groups % 2 == 0 else 1
+    block = Block(heads_together, chunks, slices, groups, slices // heads, n, x.dtype, batch, walks)
     inputs = {"x": x, "dy": dy, "B": B, "C": C, "factors": factors, "ends": ends}
     inputs = {name: a for name, a in inputs.items() if a is not None}
     stages, dtype = STAGES, x.dtype
@@ -85,6 +89,13 @@ class Block:
     slices_per_head: int
     n: int
     dtype: jnp.dtype
+    rows: int
+    walks: Walks
+
+    @property
+    def backwards(self):
+        """Whether the walk of this block goes from the end, and its gradient the other way."""
+        return self.walks.backwards(lax.axis_index("batch"), self.rows)
 
 
 def _body(block, input_names, *refs, **buffers):
@@ -114,17 +125,18 @@ def _copy(block, factors, values, keys, direction, buffers):
         step = jnp.int32(
             step
         )  # tokens behind the end are read as zeros; JAX would refuse them were the number a constant
-        chunk = block.chunks - 1 - step if direction else step
+        number = block.chunks - 1 - step if direction else step
+        chunk = mirrored(block.backwards, number, block.chunks)
         tokens = pl.ds(chunk * CHUNK, CHUNK)
 
         def copy(source, target):
             plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
 
-        copy(keys.at[batch, tokens, group], buffers["keys"].at[slot])
+        copy(keys.at[shared(keys, batch), tokens, group], buffers["keys"].at[slot])
         for i in range(block.heads):
             head = lax.div(first + i, block.slices_per_head)
             copy(factors.at[batch, head, chunk], buffers["factors"].at[slot, i])
-            copy(values.at[batch, tokens, first + i], buffers["values flat"].at[slot, i])
+            copy(values.at[shared(values, batch), tokens, first + i], buffers["values flat"].at[slot, i])
 
     keep_filled(fetch, block.chunks, STAGES, buffers["consumed"])
 
@@ -135,6 +147,7 @@ def _walk(block, refs, buffers):
     warpgroup = lax.axis_index("warpgroup")
     one = lax.axis_index("block") * block.heads + warpgroup
     row = jnp.where(direction == 0, WRITTEN, FROM_STATE)
+    end = choose(block.backwards, 0, CHUNK - 1)
 
     state = zeros(CHUNK, block.n)
     if "ends" in refs:
@@ -142,10 +155,11 @@ def _walk(block, refs, buffers):
 
     def step(step, state):
         slot, other = lax.rem(step, STAGES), lax.rem(step, 2)
-        chunk = jnp.where(direction == 0, step, block.chunks - 1 - step)
+        number = jnp.where(direction == 0, step, block.chunks - 1 - step)
+        chunk = mirrored(block.backwards, number, block.chunks)
         plgpu.barrier_wait(buffers["filled"].at[slot])
         factors = buffers["factors"].at[slot, warpgroup]
-        kept = jnp.exp2(factors[FROM_STATE, CHUNK - 1])
+        kept = jnp.exp2(factors[FROM_STATE, end])
         written_tile, state_tile = buffers["written"].at[warpgroup, other], buffers["state"].at[warpgroup, other]
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the state two chunks before
         values = load(buffers["values"].at[slot, warpgroup], MATRIX).astype(jnp.float32)

@@ -8,6 +8,9 @@ device memory sees every input and every output once. The decays arrive as expon
 The tiles are 64 wide. A head of 128 channels is two slices of 64 that decay alike; narrower heads and states are
 filled with zeros. When there are too few heads to fill the device, the sequence is split: a first launch computes the
 state each part adds, and the walk takes all parts at once, each from what the parts before it added.
+
+Of several walks (`pallas_kernels.walks`) a row of the work is one walk over one sequence, with factors and y of its own;
+x, B and C may be shared. A walk from the end takes the chunks from the last one back, and in a chunk sees later tokens.
 """
 
 import dataclasses
@@ -35,9 +38,11 @@ from pallas_kernels.ssd.pallas_gpu.tiles import (
     operand,
     rows,
     square,
+    times,
     zeros,
 )
 from pallas_kernels.ssd.visibility import start_of_sequence
+from pallas_kernels.walks import ONE_WALK, Walks, choose, mirrored, shared
 
 
 def outputs(
@@ -55,19 +60,22 @@ def outputs(
     initial_state=None,
     segment_ids=None,
     return_final_state=False,
+    walks=ONE_WALK,
 ):
-    batch, length, heads, head_dim = x.shape
+    """Arguments and results as of `ssd`. Of k walks A and dt_bias are [k h], D is [k*h] or [k*h p], x, B and C have b or
+    k*b rows, y and the final state k*b; z, packed sequences and states are those of one walk."""
+    length, heads, head_dim = x.shape[1:]
     slices = Slices(heads, head_dim, B.shape[3])
-    plan = make_plan(batch, length, slices.total, B.shape[2], slices.n)
-    factors, first_visible = prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, plan.chunks)
+    plan = make_plan(dt.shape[0] * walks.number, length, slices.total, B.shape[2], slices.n)
+    factors, first_visible = prepare(dt, A, dt_bias, dt_softplus, dt_limit, segment_ids, plan.chunks, walks)
     x, z = slices.values(x), None if z is None else slices.values(z)
     B, C = slices.keys(B), slices.keys(C)
     D = None if D is None else slices.skip(D)
     state = None if initial_state is None else slices.states(initial_state)
     written = {"x": x, "B": B, "factors": factors, "first_visible": first_visible}
-    added, kept = states_of_parts(plan=plan, **written) if plan.parts > 1 else (None, None)
+    added, kept = states_of_parts(plan=plan, walks=walks, **written) if plan.parts > 1 else (None, None)
     read = {"C": C, "D": D, "z": z, "state": state, "added": added, "kept": kept}
-    y, final = walk(plan=plan, **written, **read, keep_state=return_final_state)
+    y, final = walk(plan=plan, walks=walks, **written, **read, keep_state=return_final_state)
     y = slices.without_filling(y)
     return (y, slices.states_without_filling(final)) if return_final_state else y
 
@@ -122,11 +130,12 @@ def walk(
     kept=None,
     first_visible=None,
     keep_state=False,
+    walks=ONE_WALK,
 ):
-    """(y [b l slices 64], the final state [b slices 64 n] or None)
+    """(y [k*b l slices 64], the final state [k*b slices 64 n] or None)
 
-    `factors` and `first_visible` are those of `prepare`; x, z [b l slices 64], B, C [b l g n], D [slices] or
-    [slices 64], state [b slices 64 n] that enters the sequence, `added` and `kept` of `states_of_parts`.
+    `factors` and `first_visible` are those of `prepare`; x, z [b l slices 64], B, C [b l g n], or with k*b rows; D
+    [k*slices] or [k*slices 64], state [b slices 64 n] that enters the sequence, `added` and `kept` of `states_of_parts`.
     """
     inputs = {
         "x": x,
@@ -140,41 +149,44 @@ def walk(
         "added": added,
         "kept": kept,
     }
-    out_type = {"y": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+    rows = factors.shape[0]
+    out_type = {"y": jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)}
     if keep_state:
-        out_type["state"] = jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:], B.shape[3]), jnp.float32)
-    results = _launch("ssd_walk", plan, plan.parts, inputs, out_type)
+        out_type["state"] = jax.ShapeDtypeStruct((rows, *x.shape[2:], B.shape[3]), jnp.float32)
+    results = _launch("ssd_walk", plan, plan.parts, inputs, out_type, walks)
     return results["y"], results.get("state")
 
 
-def states_of_parts(*, plan, x, B, factors, first_visible=None):
+def states_of_parts(*, plan, x, B, factors, first_visible=None, walks=ONE_WALK):
     """What each part but the last adds to the state, and how much it keeps of the one before, the same 64 times.
 
-    [b parts-1 slices 64 n] and [b parts-1 slices 64], both where the part ends; arguments as those of `walk`.
+    [k*b parts-1 slices 64 n] and [k*b parts-1 slices 64], both where the part ends; arguments as those of `walk`.
     """
     inputs = {"x": x, "B": B, "factors": factors, "first_visible": first_visible}
-    shape = (x.shape[0], plan.parts - 1, *x.shape[2:])
+    shape = (factors.shape[0], plan.parts - 1, *x.shape[2:])
     out_type = {
         "added": jax.ShapeDtypeStruct((*shape, B.shape[3]), jnp.float32),
         "kept": jax.ShapeDtypeStruct(shape, jnp.float32),
     }
-    results = _launch("ssd_states", plan, plan.parts - 1, inputs, out_type)
+    results = _launch("ssd_states", plan, plan.parts - 1, inputs, out_type, walks)
     return results["added"], results["kept"]
 
 
-def _launch(name, plan, parts, inputs, out_type) -> dict:
+def _launch(name, plan, parts, inputs, out_type, walks) -> dict:
     """Runs a kernel over the first `parts` parts."""
     inputs = {name: a for name, a in inputs.items() if a is not None}
     x, factors = inputs["x"], inputs["factors"]
-    batch, _, slices, _ = x.shape
+    rows, heads = factors.shape[:2]
+    slices = x.shape[2]
     groups, n = inputs["B"].shape[2:]
-    slices_per_head = slices // factors.shape[1]
-    block = Block(plan.heads, plan.chunks_per_part, plan.parts, slices, groups, slices_per_head, n, x.dtype)
+    block = Block(
+        plan.heads, plan.chunks_per_part, plan.parts, slices, groups, slices // heads, n, x.dtype, rows, walks
+    )
     results = plgpu.kernel(
         functools.partial(_body, block, [*inputs], [*out_type]),
         out_type=tuple(out_type.values()),
         scratch_types=_shared_memory(block, inputs),
-        grid=(batch, parts, slices // plan.heads),  # the last axis is the fastest: neighbours read neighbouring memory
+        grid=(rows, parts, slices // plan.heads),  # the last axis is the fastest: neighbours read neighbouring memory
         grid_names=("batch", "part", "block"),
         num_threads=plan.heads + 1,
         thread_name="warpgroup",
@@ -196,6 +208,17 @@ class Block:
     slices_per_head: int
     n: int
     dtype: jnp.dtype
+    rows: int
+    walks: Walks
+
+    @property
+    def backwards(self):
+        """Whether this block walks from the end."""
+        return self.walks.backwards(lax.axis_index("batch"), self.rows)
+
+    def tokens(self, number):
+        """Where the tokens of the chunk lie that the walk meets as number `number`."""
+        return pl.ds(mirrored(self.backwards, number, self.parts * self.chunks) * CHUNK, CHUNK)
 
 
 def _shared_memory(block: Block, inputs: dict) -> dict:
@@ -276,15 +299,15 @@ def _copy(block, refs, buffers):
     group = lax.div(first, block.slices // block.groups)
 
     def fetch(step, slot):
-        chunk = first_chunk + (step if "C" in refs else block.chunks - 1 - step)
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
+        number = first_chunk + (step if "C" in refs else block.chunks - 1 - step)
+        chunk, tokens = mirrored(block.backwards, number, block.parts * block.chunks), block.tokens(number)
 
         def copy(source, target):
             plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
 
         for name in ("B", "C"):
             if name in refs:
-                copy(refs[name].at[batch, tokens, group], buffers[name].at[slot])
+                copy(refs[name].at[shared(refs[name], batch), tokens, group], buffers[name].at[slot])
         if "first_visible" in refs:
             copy(refs["first_visible"].at[batch, chunk], buffers["first_visible"].at[slot])
         for i in range(block.heads):
@@ -292,7 +315,8 @@ def _copy(block, refs, buffers):
             copy(refs["factors"].at[batch, head, chunk], buffers["factors"].at[slot, i])
             for name in ("x", "z"):
                 if name in refs:
-                    copy(refs[name].at[batch, tokens, first + i], buffers[f"{name} flat"].at[slot, i])
+                    source = refs[name].at[shared(refs[name], batch), tokens, first + i]
+                    copy(source, buffers[f"{name} flat"].at[slot, i])
 
     keep_filled(fetch, block.chunks, stages, buffers["consumed"])
 
@@ -302,6 +326,7 @@ def _add_up(block, refs, buffers):
     batch, part, first, _ = _place(block)
     warpgroup = lax.axis_index("warpgroup")
     stages, packed = buffers["B"].shape[0], "first_visible" in refs
+    end = choose(block.backwards, 0, CHUNK - 1)
     row = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
 
     def loop(carry):
@@ -313,8 +338,8 @@ def _add_up(block, refs, buffers):
             plgpu.barrier_wait(buffers["filled"].at[slot])
             factors = buffers["factors"].at[slot, warpgroup]
             later = kept[...]  # an exponent: how much is left of this chunk's state where the part ends
-            to_end = jnp.exp2(later + factors[0, CHUNK - 1] - load(factors.at[1], ROWS))
-            kept[...] = later + factors[0, CHUNK - 1]
+            to_end = jnp.exp2(later + factors[0, end] - load(factors.at[1], ROWS))
+            kept[...] = later + factors[0, end]
             if packed:
                 start = start_of_sequence(buffers["first_visible"][slot, CHUNK - 1])
                 to_end = jnp.where(row >= start, to_end, 0.0)
@@ -343,8 +368,8 @@ def _compute(block, refs, buffers):
     one, stages, dtype = first + warpgroup, buffers["B"].shape[0], block.dtype
     packed, taking_turns = "first_visible" in refs, "turn" in buffers
     written_tile, state_tile = buffers["written"].at[warpgroup, 0], buffers["state"].at[warpgroup]
-    row = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROWS)
-    column = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=COLUMNS)
+    end = choose(block.backwards, 0, CHUNK - 1)
+    row, column = times(ROWS, block.backwards), times(COLUMNS, block.backwards)
 
     state = zeros(CHUNK, block.n)
     if "state" in refs:
@@ -359,8 +384,9 @@ def _compute(block, refs, buffers):
         state = lax.fori_loop(0, part, after, state)
     skip = None
     if "D" in refs:
+        own = block.walks.of(batch, block.rows) * block.slices + one
         per_head = len(refs["D"].shape) == 1
-        skip = refs["D"][one] if per_head else columns(load(refs["D"].at[one], COLUMNS, device_memory=True))
+        skip = refs["D"][own] if per_head else columns(load(refs["D"].at[own], COLUMNS, device_memory=True))
 
     if taking_turns:
 
@@ -375,7 +401,7 @@ def _compute(block, refs, buffers):
             plgpu.barrier_wait(buffers["turn"].at[warpgroup])
         x_tile, B_tile = buffers["x"].at[slot, warpgroup], buffers["B"].at[slot]
         factors = buffers["factors"].at[slot, warpgroup]
-        last = factors[0, CHUNK - 1]
+        last = factors[0, end]
         kept = jnp.exp2(last)
         i = rows(lax.optimization_barrier(row))  # or the compiler keeps a whole mask in registers from chunk to chunk
         j = columns(column)
@@ -427,7 +453,7 @@ def _compute(block, refs, buffers):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous chunk's y
             buffers["y"].at[warpgroup][...] = y.astype(dtype)
             plgpu.commit_smem()
-            tokens = pl.ds((first_chunk + chunk) * CHUNK, CHUNK)
+            tokens = block.tokens(first_chunk + chunk)
             plgpu.copy_smem_to_gmem(buffers["y flat"].at[warpgroup], refs["out y"].at[batch, tokens, one])
 
         square = zeros(CHUNK, CHUNK)

@@ -42,9 +42,9 @@ class Slices(NamedTuple):
         return a.reshape(a.shape[0], self.total, CHUNK, self.n)
 
     def skip(self, D: Array) -> Array:
-        """D in float32: [h] -> [slices], [h p] -> [slices 64]"""
+        """D in float32: [h] -> [slices], [h p] -> [slices 64], of several walks one after the other"""
         D = D.astype(jnp.float32)
-        return jnp.repeat(D, self.per_head) if D.ndim == 1 else _filled(D, -1, CHUNK).reshape(self.total, CHUNK)
+        return jnp.repeat(D, self.per_head) if D.ndim == 1 else _filled(D, -1, CHUNK).reshape(-1, CHUNK)
 
     def without_filling(self, values: Array) -> Array:
         """[b l slices 64] -> [b l h p]"""

@@ -5,6 +5,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.walks import choose
+
 CHUNK = 64  # tokens; also the width of a slice of a head: the height of one wgmma instruction
 SHARED_MEMORY = 227 * 1024  # bytes that one thread block of an H100 or H200 may use
 
@@ -40,6 +42,12 @@ def rows(vector):
 
 def columns(vector):
     return lax.broadcast_in_dim(vector, (CHUNK, CHUNK), [1])
+
+
+def times(layout, backwards):
+    """A number for each token of a chunk that grows as a walk meets them, from the end where `backwards`."""
+    position = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=layout)
+    return position if backwards is False else position * choose(backwards, -1, 1)
 
 
 def zeros(*shape):
