@@ -11,6 +11,7 @@ from ml_mamba_jax import checkpoint, serialize
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
+from ml_mamba_jax.training.config import TrainConfig
 
 FOR_RANDOM_WEIGHTS = ("dt_range", "A_range", "embedding_std", "chunk_size")
 """Fields of a config that say nothing about parameters which exist."""
@@ -43,6 +44,20 @@ def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> 
                 flat[path] = jax.device_put(array.astype(flat[path].dtype), flat[path].sharding)
         lines.append(f"{', '.join(shared)} from {folder}")
     return unflatten_dict(flat, sep="/"), lines
+
+
+def check_given(config: TrainConfig) -> None:
+    """Raise InputError where the language model or an encoder would start from random numbers without being asked to."""
+    given: set[str] = set()
+    for folder in config.init:
+        missing = checkpoint.missing_encoders(folder)
+        given |= {name for name in parts(checkpoint.load_config(folder)) if name.removeprefix("vision/") not in missing}
+    random = [name for name in parts(config.model) if name != "connector" and name not in given]
+    if random and not config.from_scratch:
+        raise InputError(
+            f"init: got no weights for {', '.join(random)}, expected folders that hold them: pass --init FOLDER ... with "
+            "converted weights or runs (convert_torch.py makes them), or --from-scratch to train them from random numbers"
+        )
 
 
 def tokenizer_of(folders: Sequence[Path]) -> Path | None:

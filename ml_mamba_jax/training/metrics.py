@@ -18,7 +18,7 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from configs import PRESETS
+from configs import PRESETS, RECIPES
 from ml_mamba_jax.errors import InputError
-from ml_mamba_jax.training.config import check
+from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.metrics import MetricsLog, Progress, read_metrics
 
 
@@ -48,14 +48,47 @@ def test_without_a_terminal_there_is_a_line_every_few_steps(capsys):
     assert all("tokens/s" in line and line.endswith("left") for line in lines)
 
 
-@pytest.mark.parametrize("field, value", [("steps", 0), ("batch_size", -1), ("name", "a/b"), ("name", "")])
+def changed(recipe: TrainConfig, path: str, value) -> TrainConfig:
+    """The recipe with a field of it, or of its only stage or its data, set anew."""
+    stage, name = recipe.stages[0], path.split(".")[-1]
+    if path.startswith("data."):
+        stage = dataclasses.replace(stage, data=dataclasses.replace(stage.data, **{name: value}))
+    elif path.startswith("optim."):
+        stage = dataclasses.replace(stage, optim=dataclasses.replace(stage.optim, **{name: value}))
+    elif hasattr(recipe, name):
+        return dataclasses.replace(recipe, **{name: value})
+    else:
+        stage = dataclasses.replace(stage, **{name: value})
+    return dataclasses.replace(recipe, stages=(stage,))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *[("steps", 0), ("batch_size", -1), ("name", "a/b"), ("name", ""), ("epochs", 0.0), ("micro_batches", 0)],
+        *[("data.train_scenes", 0), ("data.test_scenes", 0), ("data.workers", -1), ("data.max_tokens", 0)],
+        *[("trains", ()), ("optim.peak_lr", 0.0), ("optim.warmup", 1.0), ("stages", ())],
+    ],
+)
 def test_numbers_that_no_run_can_have_are_refused(field, value):
     with pytest.raises(InputError, match=f"{field}: got"):
-        check(dataclasses.replace(PRESETS["digits-vqa"], **{field: value}))
+        check(changed(PRESETS["digits-vqa"], field, value))
 
 
-@pytest.mark.parametrize("field, value", [("train_scenes", 0), ("test_scenes", 0), ("workers", -1), ("max_tokens", 0)])
-def test_numbers_that_no_data_can_have_are_refused(field, value):
-    recipe = PRESETS["digits-vqa"]
-    with pytest.raises(InputError, match=rf"data\.{field}: got {value}"):
-        check(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **{field: value})))
+def test_the_stage_is_named_where_there_are_several():
+    recipe = PRESETS["ml-mamba-3b"]
+    align, finetune = recipe.stages
+    stages = (align, dataclasses.replace(finetune, batch_size=0))
+    with pytest.raises(InputError, match=r"finetune\.batch_size: got 0"):
+        check(dataclasses.replace(recipe, stages=stages))
+    with pytest.raises(InputError, match="stages: got align, align, expected one or several of different names"):
+        check(dataclasses.replace(recipe, stages=(align, align)))
+    language_alone = dataclasses.replace(recipe, model=recipe.model.replace(vision=(), connector=None))
+    with pytest.raises(InputError, match=r"align\.trains: got connector, expected .* parts: language"):
+        check(language_alone)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_recipe_can_be_started(name):
+    check(PRESETS[name])
+    assert PRESETS[name].name == name and "." in RECIPES[name][0]

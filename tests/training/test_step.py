@@ -12,10 +12,10 @@ import pytest
 from ml_mamba_jax import sharding
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.training.config import OptimConfig
+from ml_mamba_jax.training.config import OptimConfig, StageConfig
 from ml_mamba_jax.training.losses import mean_loss_and_gradient
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
-from ml_mamba_jax.training.step import abstract_state, init_state, make_train_step
+from ml_mamba_jax.training.step import abstract_params, abstract_state, first_state, init_params, make_train_step
 from tests import tiny_model
 from tests.training.test_losses import make_batch
 
@@ -24,15 +24,18 @@ CONFIG = OptimConfig(peak_lr=1e-2, warmup=0.2, weight_decay=0.5, clip_norm=0.1)
 STEPS = 10
 
 
+def stage(**changes) -> StageConfig:
+    return StageConfig("all", optim=CONFIG, steps=STEPS, **changes)
+
+
 def take_steps(sizes: tuple[int, int, int], n: int, batch, micro_batches: int = 1, devices=None):
     mesh = sharding.make_mesh(*sizes, devices=devices)
     optimizer = make_optimizer(CONFIG, MODEL, STEPS)
-    place = jax.tree.map(lambda a: a.sharding, abstract_state(MODEL, optimizer, mesh))
-    state = jax.device_put(init_state(MODEL, optimizer, jax.random.key(0)), place)
-    train_step = make_train_step(MODEL, optimizer, mesh, micro_batches)
+    state = first_state(optimizer, init_params(MODEL, mesh, 0), mesh)
+    train_step = make_train_step(MODEL, optimizer, mesh, stage(micro_batches=micro_batches))
     losses = []
     for _ in range(n):
-        state, metrics = train_step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        state, metrics = train_step(state, {}, jax.device_put(batch, sharding.batch_sharding(mesh)))
         losses.append(float(metrics["loss"]))
     return state, losses, metrics
 
@@ -91,7 +94,8 @@ def test_weights_are_gathered_and_no_activations():
     model = MLMamba(dataclasses.replace(MODEL.config, vision=(), connector=None, language=language))
     mesh, optimizer = sharding.make_mesh(1, 8, 1), make_optimizer(CONFIG, model, STEPS)
     batch = make_batch(8)._replace(images=None, image_mask=None)
-    step = make_train_step(model, optimizer, mesh).lower(abstract_state(model, optimizer, mesh), batch)
+    state = abstract_state(optimizer, abstract_params(model, mesh), mesh)
+    step = make_train_step(model, optimizer, mesh, stage(trains=("language",))).lower(state, {}, batch)
     text = step.compile().as_text()
     gathered = {
         tuple(map(int, shape.split(","))) for shape in re.findall(r"= \(?f32\[([\d,]+)\]\S* all-gather\(", text)
@@ -105,11 +109,10 @@ def test_weights_are_gathered_and_no_activations():
 def test_a_step_with_nan_leaves_the_state_as_it_was():
     mesh = sharding.make_mesh()
     optimizer = make_optimizer(CONFIG, MODEL, STEPS)
-    state = init_state(MODEL, optimizer, jax.random.key(0))
+    state = first_state(optimizer, init_params(MODEL, mesh, 0), mesh)
     state.params["language"]["norm"]["scale"] = state.params["language"]["norm"]["scale"].at[3].set(jnp.nan)
     before = jax.tree.map(np.asarray, state)
-    place = jax.tree.map(lambda a: a.sharding, abstract_state(MODEL, optimizer, mesh))
-    after, metrics = make_train_step(MODEL, optimizer, mesh)(jax.device_put(state, place), make_batch(8))
+    after, metrics = make_train_step(MODEL, optimizer, mesh, stage())(state, {}, make_batch(8))
     assert metrics["finite"] == 0
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), before, after)
 

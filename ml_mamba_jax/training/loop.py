@@ -1,0 +1,100 @@
+"""The steps of a stage: read a batch, advance the state, log, save."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from ml_mamba_jax import sharding
+from ml_mamba_jax.data.source import RecordSource
+from ml_mamba_jax.errors import NonFiniteError
+from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.tokenizer import Tokenizer
+from ml_mamba_jax.training.config import TrainConfig
+from ml_mamba_jax.training.inputs import open_batches
+from ml_mamba_jax.training.metrics import MetricsLog, Progress
+from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from ml_mamba_jax.training.run_folder import save_state
+from ml_mamba_jax.training.stages import join, split
+from ml_mamba_jax.training.step import TrainState, first_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages of a run share. `data`: the splits of each stage; `lengths`: the steps of each."""
+
+    config: TrainConfig
+    folder: Path
+    mesh: Mesh
+    model: MLMamba
+    tokenizer: Tokenizer
+    data: tuple[dict[str, RecordSource], ...]
+    lengths: tuple[int, ...]
+
+
+def take_stage(run: Run, number: int, params: dict, first: int = 0, saved: optax.OptState | None = None) -> dict:
+    """Take the steps of stage `number` from step `first` of it to its end; returns all parameters, and takes those given.
+
+    Args:
+        saved: the optimizer's state after `first` steps; None at the start of the stage.
+
+    Raises:
+        NonFiniteError: a loss or gradient that is NaN or infinite.
+    """
+    config, stage, last, before = run.config, run.config.stages[number], run.lengths[number], sum(run.lengths[:number])
+    optimizer = make_optimizer(stage.optim, run.model, last)
+    schedule = make_schedule(stage.optim, last)
+    trained, frozen = split(params, stage)
+    del params
+    if saved is None:
+        state = first_state(optimizer, trained, run.mesh)
+    else:
+        step = jax.device_put(jax.numpy.int32(first), sharding.replicated(run.mesh))
+        state = TrainState(step, trained, saved)
+    train_step = make_train_step(run.model, optimizer, run.mesh, stage)
+    _announce(run, number, trained, frozen)
+
+    seed = config.seed + number
+    stream = open_batches(stage, config.model, run.data[number]["train"], run.tokenizer, seed, first, last)
+    log = MetricsLog(run.folder / "metrics.jsonl", before + first)
+    print("compiling the training step ...", flush=True)
+    started, progress = time.perf_counter(), None
+    try:
+        for step, batch in enumerate(stream, start=before + first + 1):
+            tokens = int(batch.lengths.sum()) + batch.tokens.shape[0] * config.model.n_visual_tokens
+            state, metrics = train_step(state, frozen, jax.device_put(batch, sharding.batch_sharding(run.mesh)))
+            metrics = {name: float(value) for name, value in metrics.items()}
+            if not metrics.pop("finite"):
+                raise NonFiniteError(
+                    f"step {step}: got loss {metrics['loss']} and gradient norm {metrics['gradient_norm']}, expected finite "
+                    "numbers; the parameters are those of the step before; lower optim.peak-lr or look at the data"
+                )
+            metrics["learning_rate"] = float(schedule(step - before - 1))
+            log.write(step, {"stage": stage.name, **metrics})
+            if progress is None:
+                print(f"compiled, first step done after {time.perf_counter() - started:.1f} s", flush=True)
+                progress = Progress(step, sum(run.lengths), config.log_every)
+            else:
+                progress.update(step, metrics["loss"], tokens)
+            if step % config.save_every == 0 or step == before + last:
+                save_state(run.folder, step, state, frozen, config.keep)
+    finally:
+        stream.close()
+        log.close()
+        if progress is not None:
+            progress.close()
+    return join(state.params, frozen)
+
+
+def _announce(run: Run, number: int, trained: dict, frozen: dict) -> None:
+    n_trained, n_frozen = (sum(a.size for a in jax.tree.leaves(tree)) for tree in (trained, frozen))
+    stage = run.config.stages[number]
+    which = f"stage {number + 1} of {len(run.lengths)}, " if len(run.lengths) > 1 else ""
+    print(
+        f"{which}{stage.name}: {run.lengths[number]:,} steps of {stage.batch_size}, trains {', '.join(stage.trains)}: "
+        f"{n_trained:,} of {n_trained + n_frozen:,} parameters",
+        flush=True,
+    )
