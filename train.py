@@ -20,6 +20,7 @@ from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.training import evals, plots, stages
 from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
+from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
 from ml_mamba_jax.training.initial import check_given, start_from
 from ml_mamba_jax.training.inputs import open_data, open_tokenizer
 from ml_mamba_jax.training.loop import Run, take_stage
@@ -35,8 +36,13 @@ def main() -> None:
     with one_line_errors():
         config = parse(RECIPES, sys.argv[1:])
         check(config)
-        use_cores(config)
-        train(config)
+        if config.dry_run:
+            mesh = sharding.make_mesh(**dataclasses.asdict(simulate_devices(config.mesh)))
+            check_batches(config, mesh)
+            dry_run(config, mesh)
+        else:
+            use_cores(config)
+            train(config)
 
 
 def use_cores(config: TrainConfig) -> None:
@@ -131,6 +137,7 @@ def check_batches(config: TrainConfig, mesh) -> None:
                 f"{prefix}batch_size: got {stage.batch_size}, expected a multiple of {parts} = micro_batches "
                 f"{stage.micro_batches} x data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
             )
+        sharding.check_tokens(config.model.n_visual_tokens + stage.data.max_tokens, mesh)
 
 
 if __name__ == "__main__":

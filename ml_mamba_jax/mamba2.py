@@ -171,7 +171,8 @@ class Mamba2(nn.Module):
     def embed(self, tokens: Tokens) -> Hidden:
         """Token embeddings in the compute dtype. Ids outside the table give NaN, never a neighbour's row."""
         tokens = jnp.where(tokens < 0, self.embedding.shape[0], tokens)  # a negative index would count from the end
-        return jnp.take(self.embedding, tokens, axis=0, mode="fill").astype(self.dtype)
+        table = pk.keep_split(self.embedding.astype(self.dtype), "c d")
+        return pk.keep_split(jnp.take(table, tokens, axis=0, mode="fill"), "b l d")
 
     def __call__(
         self, x: Hidden, state: MambaState | None = None, segment_ids: SegmentIds | None = None
@@ -180,12 +181,13 @@ class Mamba2(nn.Module):
         residual = x.astype(jnp.float32) if self.config.residual_in_float32 else x
         layers = jnp.arange(self.config.n_layers)
         (residual, state), _ = self.blocks((residual, state), layers, segment_ids)
-        return self.norm(residual), state
+        return self.norm(pk.keep_split(residual, "b l d")), state
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """float32 logits over the padded vocabulary."""
         table = self.embedding.T if self.config.tie_embeddings else self.head
-        return jnp.matmul(hidden, table.astype(self.dtype), preferred_element_type=jnp.float32)
+        table = pk.keep_split(table.astype(self.dtype), "d c")
+        return jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

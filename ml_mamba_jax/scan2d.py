@@ -32,6 +32,7 @@ class ScanMixer(nn.Module):
         mixer, directions = self.config.mixer, self.config.directions
         scan = declare_scan_parameters(self, mixer, len(directions))
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (mixer.d_inner,))
+        u = pk.keep_split(u, "b n d")
         z, xBC, dt = split_projection(in_projection(mixer, self.dtype)(u), mixer)
         x, B, C = split_channels(xBC, mixer)
         y = pk.visual_scan(

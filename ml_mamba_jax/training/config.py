@@ -60,8 +60,13 @@ class MeshConfig:
     """Devices along each axis; one may be -1 and takes the rest."""
 
     data: int = -1
+    """Parts of the batch."""
     fsdp: int = 1
+    """Parts of the batch, and of parameters and optimizer along the model's width: each layer is gathered when it is needed."""
     tensor: int = 1
+    """Parts of heads, inner widths and the vocabulary."""
+    sequence: int = 1
+    """Parts of the tokens that the language model reads, for long rows."""
 
 
 Part = Literal["vision", "connector", "language"]
@@ -119,6 +124,10 @@ class TrainConfig:
     """Questions answered at a time in the evaluation."""
     runs: Path = Path("runs")
     """The run's folder is made in here."""
+    dry_run: bool = False
+    """Compile the steps for simulated devices, as many as the mesh has, and print what they need and compute. Trains nothing."""
+    device_memory: float | None = None
+    """GiB of a device: a dry run is refused if what it needs is more."""
     resume: bool = False
     """Go on from the newest checkpoint of the run's folder, or start where there is none."""
 

@@ -22,6 +22,8 @@ MAY_CHANGE = (
     "keep",
     "eval_batch_size",
     "runs",
+    "dry_run",
+    "device_memory",
     "resume",
     "data.folder",
     "data.workers",
