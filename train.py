@@ -16,7 +16,6 @@ from configs import RECIPES
 from ml_mamba_jax import checkpoint, serialize, sharding
 from ml_mamba_jax.errors import InputError, one_line_errors
 from ml_mamba_jax.image import read_image
-from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.training import evals, plots, stages
 from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
@@ -27,7 +26,7 @@ from ml_mamba_jax.training.loop import Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer
 from ml_mamba_jax.training.run_folder import find_start, restore_state, write_recipe
-from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params
+from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params, make_model
 
 MAX_CPU_DEVICES = 8
 
@@ -65,7 +64,7 @@ def train(config: TrainConfig) -> None:
 
     data = tuple(open_data(stage.data) for stage in config.stages)
     tokenizer = open_tokenizer(config, folder, data[-1]["train"], resumed_step)
-    model = MLMamba(config.model, remat=config.remat)
+    model = make_model(config)
     lengths = tuple(stages.length(s, len(d["train"])) for s, d in zip(config.stages, data, strict=True))
     run = Run(config, folder, mesh, model, tokenizer, data, lengths)
     position = stages.locate(resumed_step, lengths)

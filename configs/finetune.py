@@ -22,6 +22,6 @@ RECIPE = TrainConfig(
             batch_size=64,
         ),
     ),
-    remat=True,
+    remat="blocks",
     eval_batch_size=16,
 )

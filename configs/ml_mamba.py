@@ -54,7 +54,7 @@ def _recipe(name: str, model: str, *stages: StageConfig) -> TrainConfig:
         name=name,
         model=MLMambaConfig.named(model),
         stages=stages,
-        remat=True,
+        remat="blocks",
         seed=7,
         save_every=1000,
         eval_batch_size=16,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 import pallas_kernels as pk
 from ml_mamba_jax.config import ConnectorConfig
-from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, rms_norm, stack_layers
+from ml_mamba_jax.layers import ACTIVATIONS, Remat, dense, layer_norm, rms_norm, stack_layers
 from ml_mamba_jax.projector import project
 from ml_mamba_jax.scan2d import ScanMixer
 from ml_mamba_jax.typing import Hidden
@@ -55,7 +55,7 @@ class ScanConnector(nn.Module):
     config: ConnectorConfig
     grid: tuple[int, int]
     dtype: jnp.dtype
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, features: Float[Array, "b l c"]) -> Float[Array, "b l_out d"]:

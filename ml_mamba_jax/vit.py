@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 import pallas_kernels as pk
 from ml_mamba_jax.config import ViTConfig
-from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, stack_layers, with_axes
+from ml_mamba_jax.layers import ACTIVATIONS, Remat, dense, layer_norm, stack_layers, with_axes
 from ml_mamba_jax.typing import Pixels
 
 _xavier = nn.initializers.xavier_uniform()
@@ -60,7 +60,7 @@ class ViT(nn.Module):
 
     config: ViTConfig
     dtype: jnp.dtype
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, pixels: Pixels) -> Float[Array, "b l d"]:

@@ -51,6 +51,8 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the first moment is kept. The second stays in float32: with b2 = 0.999 it changes by less than bfloat16 resolves."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
@@ -111,8 +113,12 @@ class TrainConfig:
     """Let the language model and the encoders start from random numbers where `init` does not give them."""
     tokenizer: str | None = None
     """A hub id, a folder or a tokenizer.json. None: that of `init`, else a byte-level BPE trained on the training text."""
-    remat: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    remat: Literal["none", "blocks", "projections"] = "none"
+    """Recompute in the backward pass instead of keeping: nothing, the inside of each block, or that without its projections."""
+    peak_tflops: float | None = None
+    """TFLOP/s of a device, for the model FLOPs utilisation (MFU) in the log. None: known for the usual accelerators."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a window that JAX's profiler records into the run's folder, for XProf or TensorBoard."""
     seed: int = 0
     log_every: int = 50
     """Steps between two lines of the log."""

@@ -25,7 +25,7 @@ from ml_mamba_jax.training.flops import step_flops
 from ml_mamba_jax.training.losses import target_losses
 from ml_mamba_jax.training.optimizer import make_optimizer
 from ml_mamba_jax.training.stages import join, split
-from ml_mamba_jax.training.step import TrainState, abstract_params, abstract_state, make_train_step
+from ml_mamba_jax.training.step import TrainState, abstract_params, abstract_state, make_model, make_train_step
 
 GIB = 2**30
 STEPS = 1000
@@ -72,7 +72,7 @@ def dry_run(config: TrainConfig, mesh: Mesh) -> None:
     print(f"{config.name} on {mesh.size} simulated device(s): {sizes}", flush=True)
     too_large = []
     for stage in config.stages:
-        needs = needs_of(stage, MLMamba(config.model, remat=config.remat), mesh)
+        needs = needs_of(stage, make_model(config), mesh)
         print(
             f"\n{stage.name}, {stage.batch_size} rows, {stage.micro_batches} micro-batch(es)\n{table(needs, mesh)}",
             flush=True,
@@ -86,7 +86,7 @@ def dry_run(config: TrainConfig, mesh: Mesh) -> None:
     if too_large:
         raise InputError(
             f"device_memory: got {config.device_memory:g} GiB, but {'; '.join(too_large)}; raise mesh.fsdp or micro-batches, "
-            "or take remat"
+            "or pass --remat blocks"
         )
 
 

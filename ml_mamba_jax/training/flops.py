@@ -43,6 +43,8 @@ class ModelCost(NamedTuple):
     connector: Cost
     language: Cost
     """Of one token, visual or text."""
+    lora: Cost
+    """Of one token through the low-rank additions to the language model."""
     head: Cost
     """The logits of one token."""
 
@@ -54,7 +56,7 @@ class ModelCost(NamedTuple):
     @property
     def token(self) -> int:
         """FLOPs of a token's forward pass through the language model, with its logits."""
-        return self.language.forward + self.head.forward
+        return self.language.forward + self.lora.forward + self.head.forward
 
 
 def model_cost(config: MLMambaConfig) -> ModelCost:
@@ -64,7 +66,7 @@ def model_cost(config: MLMambaConfig) -> ModelCost:
     if config.connector:
         connector = _connector(config.connector, config.grid, sum(encoder.width for encoder in config.vision))
     language = config.language
-    return ModelCost(first, rest, *connector, *(_language(language) if language else (Cost(), Cost())))
+    return ModelCost(first, rest, *connector, *(_language(language) if language else (Cost(),) * 3))
 
 
 def step_flops(config: MLMambaConfig, stage: StageConfig, images: int, tokens: int) -> int:
@@ -74,15 +76,17 @@ def step_flops(config: MLMambaConfig, stage: StageConfig, images: int, tokens: i
     """
     cost = model_cost(config)
     vision, connector, language = (part in stage.trains for part in ("vision", "connector", "language"))
-    below = vision or connector
+    below, lora = vision or connector, config.language is not None and config.language.lora is not None
+    kernels, additions = language and not lora, language and lora
     n_all = tokens + images * config.n_visual_tokens
     terms = [
         (cost.encoders_first, images, vision, False),
         (cost.encoders, images, vision, vision),
         (cost.connector_first, images, connector, vision),
         (cost.connector, images, connector, below),
-        (cost.language, n_all, language, language or below),
-        (cost.head, tokens, language, True),
+        (cost.language, n_all, kernels, language or below),
+        (cost.lora, n_all, additions, language or below),
+        (cost.head, tokens, kernels, True),
     ]
     return sum(n * (part.forward + part.backward(trains, passes)) for part, n, trains, passes in terms)
 
@@ -157,5 +161,8 @@ def _connector(config: ConnectorConfig, grid: tuple[int, int], features: int) ->
     return _dense(tokens, features, d), block * config.n_layers + first + rest
 
 
-def _language(config: Mamba2Config) -> tuple[Cost, Cost]:
-    return _mixer(config.mixer) * config.n_layers, _dense(1, config.mixer.d_model, config.padded_vocab_size)
+def _language(config: Mamba2Config) -> tuple[Cost, Cost, Cost]:
+    mixer, rank = config.mixer, config.lora_rank
+    additions = _dense(1, mixer.d_model, rank, mixer.in_proj_features) + _dense(1, mixer.d_inner, rank, mixer.d_model)
+    layers = config.n_layers
+    return _mixer(mixer) * layers, additions * layers, _dense(1, mixer.d_model, config.padded_vocab_size)

@@ -1,6 +1,7 @@
 """The steps of a stage: read a batch, advance the state, log, save."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,18 @@ import optax
 from jax.sharding import Mesh
 
 from ml_mamba_jax import sharding
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.data.samples import Batch
 from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import NonFiniteError
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.tokenizer import Tokenizer
-from ml_mamba_jax.training.config import TrainConfig
+from ml_mamba_jax.training.config import StageConfig, TrainConfig
+from ml_mamba_jax.training.flops import peak_flops, step_flops
 from ml_mamba_jax.training.inputs import open_batches
-from ml_mamba_jax.training.metrics import MetricsLog, Progress
+from ml_mamba_jax.training.metrics import MetricsLog, Progress, Work
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
+from ml_mamba_jax.training.profiling import ProfileWindow
 from ml_mamba_jax.training.run_folder import save_state
 from ml_mamba_jax.training.stages import join, split
 from ml_mamba_jax.training.step import TrainState, first_state, make_train_step
@@ -60,33 +65,61 @@ def take_stage(run: Run, number: int, params: dict, first: int = 0, saved: optax
     seed = config.seed + number
     stream = open_batches(stage, config.model, run.data[number]["train"], run.tokenizer, seed, first, last)
     log = MetricsLog(run.folder / "metrics.jsonl", before + first)
+    window = ProfileWindow(run.folder / "profile", config.profile)
     print("compiling the training step ...", flush=True)
     started, progress = time.perf_counter(), None
     try:
-        for step, batch in enumerate(stream, start=before + first + 1):
-            tokens = int(batch.lengths.sum()) + batch.tokens.shape[0] * config.model.n_visual_tokens
+        for step, (batch, waited) in enumerate(timed(stream), start=before + first + 1):
+            window.before(step)
+            began = time.perf_counter()
             state, metrics = train_step(state, frozen, jax.device_put(batch, sharding.batch_sharding(run.mesh)))
             metrics = {name: float(value) for name, value in metrics.items()}
+            work = work_of(batch, config.model, stage, waited + time.perf_counter() - began, waited)
             if not metrics.pop("finite"):
                 raise NonFiniteError(
                     f"step {step}: got loss {metrics['loss']} and gradient norm {metrics['gradient_norm']}, expected finite "
                     "numbers; the parameters are those of the step before; lower optim.peak-lr or look at the data"
                 )
             metrics["learning_rate"] = float(schedule(step - before - 1))
-            log.write(step, {"stage": stage.name, **metrics})
+            log.write(step, {"stage": stage.name, **metrics, **work._asdict()})
             if progress is None:
                 print(f"compiled, first step done after {time.perf_counter() - started:.1f} s", flush=True)
-                progress = Progress(step, sum(run.lengths), config.log_every)
+                progress = Progress(step, sum(run.lengths), config.log_every, peak_of(config, run.mesh))
             else:
-                progress.update(step, metrics["loss"], tokens)
+                progress.update(step, metrics["loss"], work)
             if step % config.save_every == 0 or step == before + last:
                 save_state(run.folder, step, state, frozen, config.keep)
     finally:
+        window.close()
         stream.close()
         log.close()
         if progress is not None:
             progress.close()
     return join(state.params, frozen)
+
+
+def timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch, and the seconds that it was waited for."""
+    while True:
+        began = time.perf_counter()
+        batch = next(stream, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - began
+
+
+def work_of(batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float) -> Work:
+    """What a step on that batch did: tokens and images, without padding and the black pixels of rows without an image."""
+    rows = len(batch.lengths) if batch.image_mask is None else int(batch.image_mask.sum())
+    images = rows if batch.images else 0
+    text = int(batch.lengths.sum())
+    return Work(seconds, waited, text + images * model.n_visual_tokens, step_flops(model, stage, images, text))
+
+
+def peak_of(config: TrainConfig, mesh: Mesh) -> float | None:
+    """FLOP/s of all devices of the mesh, None if not known."""
+    of_one = peak_flops(mesh.devices.flat[0].device_kind) if config.peak_tflops is None else config.peak_tflops * 1e12
+    return None if of_one is None else of_one * mesh.size
 
 
 def _announce(run: Run, number: int, trained: dict, frozen: dict) -> None:

@@ -33,6 +33,7 @@ def make_optimizer(config: OptimConfig, model: MLMamba, steps: int) -> optax.Gra
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            mu_dtype=config.mu_dtype,
             mask=decays,
         ),
     )

@@ -24,6 +24,8 @@ MAY_CHANGE = (
     "runs",
     "dry_run",
     "device_memory",
+    "peak_tflops",
+    "profile",
     "resume",
     "data.folder",
     "data.workers",

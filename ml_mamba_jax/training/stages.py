@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ml_mamba_jax.layers import LORA_NAMES
 from ml_mamba_jax.training.config import StageConfig
 
 
@@ -33,16 +34,16 @@ def locate(step: int, lengths: Sequence[int]) -> Position:
 
 
 def split(tree: dict, stage: StageConfig) -> tuple[dict, dict]:
-    """A tree like the parameters -> what the stage trains, and what it leaves frozen; `join` puts them together again."""
-    trained, frozen = {}, {}
-    for path, leaf in flatten_dict(tree).items():
-        (trained if is_trained(path, stage) else frozen)[path] = leaf
+    """A tree like the parameters -> what the stage trains, and what it leaves frozen; `join` puts them together again.
+
+    Of a part with low-rank additions only these are trained.
+    """
+    trained, frozen, flat = {}, {}, flatten_dict(tree)
+    parts_of_lora = {path[0] for path in flat if path[-1] in LORA_NAMES}
+    for path, leaf in flat.items():
+        learns = path[0] in stage.trains and (path[0] not in parts_of_lora or path[-1] in LORA_NAMES)
+        (trained if learns else frozen)[path] = leaf
     return unflatten_dict(trained), unflatten_dict(frozen)
-
-
-def is_trained(path: tuple[str, ...], stage: StageConfig) -> bool:
-    """Whether the stage trains the parameter of that path."""
-    return path[0] in stage.trains
 
 
 def join(*trees: dict) -> dict[str, Any]:

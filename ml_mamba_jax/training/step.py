@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from ml_mamba_jax import sharding
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.training.config import StageConfig
+from ml_mamba_jax.training.config import StageConfig, TrainConfig
 from ml_mamba_jax.training.losses import mean_loss_and_gradient
 from ml_mamba_jax.training.stages import split
 
@@ -22,6 +22,13 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     params: dict
     optimizer: optax.OptState
+
+
+REMAT = {"none": False, "blocks": True, "projections": "projections"}
+
+
+def make_model(config: TrainConfig) -> MLMamba:
+    return MLMamba(config.model, remat=REMAT[config.remat])
 
 
 def init_params(model: MLMamba, mesh: Mesh, seed: int) -> dict:

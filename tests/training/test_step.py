@@ -88,6 +88,28 @@ def test_eight_devices_take_the_steps_of_one(sizes, micro_batches):
     assert moments.sharding == kernel.sharding
 
 
+def test_the_first_moment_may_be_kept_in_bfloat16():
+    """Half of its memory; the parameters stay in float32 and learn as well."""
+    language = dataclasses.replace(MODEL.config.language, n_layers=1)
+    model = MLMamba(dataclasses.replace(MODEL.config, vision=(), connector=None, language=language))
+    mesh, batch = sharding.make_mesh(devices=jax.devices()[:1]), make_batch(8)._replace(images={}, image_mask=None)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(dataclasses.replace(CONFIG, mu_dtype=dtype), model, STEPS)
+        state = first_state(optimizer, init_params(model, mesh, 0), mesh)
+        step = make_train_step(model, optimizer, mesh, stage(trains=("language",)))
+        for _ in range(4):
+            state, metrics = step(state, {}, batch)
+        losses[dtype] = float(metrics["loss"])
+        kinds = [
+            {a.dtype for a in jax.tree.leaves(optax.tree_utils.tree_get(state.optimizer, m))} for m in ("mu", "nu")
+        ]
+        assert kinds == [{jnp.dtype(dtype)}, {jnp.dtype("float32")}]
+        assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+    assert losses["bfloat16"] != losses["float32"]
+
+
 def test_weights_are_gathered_and_no_activations():
     """With the parameters split over all devices each mixer gathers its weights; the kernels run where their rows are."""
     language = dataclasses.replace(MODEL.config.language, n_layers=1)
