@@ -4,6 +4,7 @@ Reads top to bottom: recipe -> mesh -> data -> parameters, new or restored -> st
 `runs/NAME`: config, tokenizer, checkpoints, metrics.jsonl, loss.png, eval.json, samples.png, and an example to chat about.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,11 +23,12 @@ from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
 from ml_mamba_jax.training.initial import check_given, start_from
 from ml_mamba_jax.training.inputs import open_data, open_tokenizer
-from ml_mamba_jax.training.loop import Run, take_stage
+from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer
-from ml_mamba_jax.training.run_folder import find_start, restore_state, write_recipe
+from ml_mamba_jax.training.run_folder import best_so_far, find_start, restore_state, write_recipe
 from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params, make_model
+from ml_mamba_jax.training.writers import RunLog, check_installed
 
 MAX_CPU_DEVICES = 8
 
@@ -67,8 +69,9 @@ def train(config: TrainConfig) -> None:
     model = make_model(config)
     lengths = tuple(stages.length(s, len(d["train"])) for s, d in zip(config.stages, data, strict=True))
     run = Run(config, folder, mesh, model, tokenizer, data, lengths)
+    check_installed(config.writers)
     position = stages.locate(resumed_step, lengths)
-    params, optimizer = restore(run, resumed_step, position) if resumed_step else (begin(run), None)
+    params, resumed = restore(run, resumed_step, position) if resumed_step else (begin(run), None)
 
     n_params = sum(a.size for a in jax.tree.leaves(params))
     print(f"{config.name}: {n_params:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)", flush=True)
@@ -78,10 +81,10 @@ def train(config: TrainConfig) -> None:
     if resumed_step:
         print(f"resumed after step {resumed_step}", flush=True)
 
-    for number in range(position.stage, len(lengths)):
-        first = position.step if number == position.stage else 0
-        params = take_stage(run, number, params, first, optimizer if first else None)
-        optimizer = None
+    with contextlib.closing(RunLog(folder, config, resumed_step)) as log:
+        for number in range(position.stage, len(lengths)):
+            params = take_stage(run, log, number, params, resumed)
+            resumed = None
 
     plots.loss_curve(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     if "test" in data[-1]:
@@ -99,14 +102,16 @@ def begin(run: Run) -> dict:
     return params
 
 
-def restore(run: Run, step: int, position: stages.Position):
-    """All parameters after `step` steps of the run and, within a stage, the state of its optimizer."""
+def restore(run: Run, step: int, position: stages.Position) -> tuple[dict, Resumed | None]:
+    """All parameters after `step` steps of the run and, within a stage, where it goes on."""
     params, optimizer = abstract_params(run.model, run.mesh), None
     if position.step:
         stage, last = run.config.stages[position.stage], run.lengths[position.stage]
         trained, _ = stages.split(params, stage)
         optimizer = abstract_state(make_optimizer(stage.optim, run.model, last), trained, run.mesh).optimizer
-    return restore_state(run.folder, step, params, optimizer)
+    params, optimizer = restore_state(run.folder, step, params, optimizer)
+    within = Resumed(position.step, optimizer, best_so_far(run.folder, step)) if position.step else None
+    return params, within
 
 
 def evaluate(run: Run, params: dict) -> None:

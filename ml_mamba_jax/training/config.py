@@ -125,9 +125,16 @@ class TrainConfig:
     save_every: int = 500
     """Steps between two checkpoints; the last step of a stage is always saved."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept, beside the best one of a stage that is evaluated."""
+    eval_every: int | None = None
+    """Steps between two evaluations of the stage's test split; the last step of a stage is always evaluated then. None: only the
+    finished run is, on all of its test split."""
+    eval_records: int = 256
+    """Records of an evaluation during training, spread over the test split."""
     eval_batch_size: int = 200
     """Questions answered at a time in the evaluation."""
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where numbers and answers go beside the console and the JSON lines of the run's folder."""
     runs: Path = Path("runs")
     """The run's folder is made in here."""
     dry_run: bool = False
@@ -140,8 +147,10 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise InputError for numbers that no run can have."""
-    for name in ("log_every", "save_every", "keep", "eval_batch_size"):
+    for name in ("log_every", "save_every", "keep", "eval_batch_size", "eval_records"):
         _check_at_least(1, name, getattr(config, name))
+    if config.eval_every is not None:
+        _check_at_least(1, "eval_every", config.eval_every)
     if Path(config.name).name != config.name or not config.name:
         raise InputError(f"name: got {config.name!r}, expected the name of a folder")
     names = [stage.name for stage in config.stages]

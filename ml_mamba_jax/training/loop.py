@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import optax
@@ -17,14 +18,16 @@ from ml_mamba_jax.errors import NonFiniteError
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training.config import StageConfig, TrainConfig
+from ml_mamba_jax.training.evaluation import Best, Evaluator
 from ml_mamba_jax.training.flops import peak_flops, step_flops
 from ml_mamba_jax.training.inputs import open_batches
-from ml_mamba_jax.training.metrics import MetricsLog, Progress, Work
+from ml_mamba_jax.training.metrics import Progress, Work
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from ml_mamba_jax.training.profiling import ProfileWindow
 from ml_mamba_jax.training.run_folder import save_state
 from ml_mamba_jax.training.stages import join, split
 from ml_mamba_jax.training.step import TrainState, first_state, make_train_step
+from ml_mamba_jax.training.writers import RunLog
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,16 @@ class Run:
     lengths: tuple[int, ...]
 
 
-def take_stage(run: Run, number: int, params: dict, first: int = 0, saved: optax.OptState | None = None) -> dict:
-    """Take the steps of stage `number` from step `first` of it to its end; returns all parameters, and takes those given.
+class Resumed(NamedTuple):
+    """Where a stage goes on: after `first` of its steps, with the optimizer's state and the best evaluation until then."""
 
-    Args:
-        saved: the optimizer's state after `first` steps; None at the start of the stage.
+    first: int
+    optimizer: optax.OptState
+    best: Best | None
+
+
+def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resumed | None = None) -> dict:
+    """Take the steps of stage `number`, or what is left of them, to its end; returns all parameters, and takes those given.
 
     Raises:
         NonFiniteError: a loss or gradient that is NaN or infinite.
@@ -54,17 +62,18 @@ def take_stage(run: Run, number: int, params: dict, first: int = 0, saved: optax
     schedule = make_schedule(stage.optim, last)
     trained, frozen = split(params, stage)
     del params
-    if saved is None:
-        state = first_state(optimizer, trained, run.mesh)
+    if resumed is None:
+        state, first, best = first_state(optimizer, trained, run.mesh), 0, None
     else:
+        first, moments, best = resumed
         step = jax.device_put(jax.numpy.int32(first), sharding.replicated(run.mesh))
-        state = TrainState(step, trained, saved)
+        state = TrainState(step, trained, moments)
     train_step = make_train_step(run.model, optimizer, run.mesh, stage)
     _announce(run, number, trained, frozen)
 
     seed = config.seed + number
     stream = open_batches(stage, config.model, run.data[number]["train"], run.tokenizer, seed, first, last)
-    log = MetricsLog(run.folder / "metrics.jsonl", before + first)
+    evaluate = _evaluator(run, number)
     window = ProfileWindow(run.folder / "profile", config.profile)
     print("compiling the training step ...", flush=True)
     started, progress = time.perf_counter(), None
@@ -81,21 +90,39 @@ def take_stage(run: Run, number: int, params: dict, first: int = 0, saved: optax
                     "numbers; the parameters are those of the step before; lower optim.peak-lr or look at the data"
                 )
             metrics["learning_rate"] = float(schedule(step - before - 1))
-            log.write(step, {"stage": stage.name, **metrics, **work._asdict()})
+            log.step(step, {"stage": stage.name, **metrics, **work._asdict()})
             if progress is None:
                 print(f"compiled, first step done after {time.perf_counter() - started:.1f} s", flush=True)
                 progress = Progress(step, sum(run.lengths), config.log_every, peak_of(config, run.mesh))
             else:
                 progress.update(step, metrics["loss"], work)
-            if step % config.save_every == 0 or step == before + last:
-                save_state(run.folder, step, state, frozen, config.keep)
+            is_last, is_best = step == before + last, False
+            if evaluate is not None and (step % config.eval_every == 0 or is_last):
+                found = evaluate(join(state.params, frozen))
+                now = Best(step, found.accuracy, found.loss)
+                is_best = best is None or best.is_beaten_by(now)
+                best = now if is_best else best
+                log.evaluation(step, stage.name, found)
+                print(f"step {step}: {'the best so far, ' if is_best else ''}held out {found.summary()}", flush=True)
+            if step % config.save_every == 0 or is_last or is_best:
+                save_state(run.folder, step, state, frozen, config.keep, best)
     finally:
         window.close()
         stream.close()
-        log.close()
         if progress is not None:
             progress.close()
     return join(state.params, frozen)
+
+
+def _evaluator(run: Run, number: int) -> Evaluator | None:
+    """None where nothing is to be evaluated, or there is nothing to evaluate on."""
+    config, source = run.config, run.data[number].get("test")
+    if config.eval_every is None or not source:
+        return None
+    stage = config.stages[number]
+    return Evaluator(
+        run.model, run.tokenizer, run.mesh, stage, source, n=config.eval_records, batch_size=config.eval_batch_size
+    )
 
 
 def timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

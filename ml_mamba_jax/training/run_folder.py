@@ -8,6 +8,7 @@ import optax
 from ml_mamba_jax import checkpoint, serialize
 from ml_mamba_jax.errors import CheckpointError, InputError
 from ml_mamba_jax.training.config import TrainConfig
+from ml_mamba_jax.training.evaluation import Best
 from ml_mamba_jax.training.stages import join
 from ml_mamba_jax.training.step import TrainState
 
@@ -20,7 +21,8 @@ MAY_CHANGE = (
     "log_every",
     "save_every",
     "keep",
-    "eval_batch_size",
+    "eval_",
+    "writers",
     "runs",
     "dry_run",
     "device_memory",
@@ -65,10 +67,17 @@ def write_recipe(folder: Path, config: TrainConfig) -> None:
     serialize.write_text(folder / RECIPE_FILE, serialize.to_json(config))
 
 
-def save_state(folder: Path, step: int, state: TrainState, frozen: dict, keep: int) -> None:
-    """A checkpoint after `step` steps of the run: all parameters, and the optimizer of the stage."""
+def save_state(folder: Path, step: int, state: TrainState, frozen: dict, keep: int, best: Best | None = None) -> None:
+    """A checkpoint after `step` steps of the run: all parameters, and the optimizer of the stage. The best one is kept too."""
     items = {checkpoint.PARAMS: join(state.params, frozen), OPTIMIZER: state.optimizer}
-    checkpoint.save(folder, step, items, {"next_batch": step}, keep)
+    progress = {"next_batch": step, "best": None if best is None else best._asdict()}
+    checkpoint.save(folder, step, items, progress, keep, spare=() if best is None else (best.step,))
+
+
+def best_so_far(folder: Path, step: int) -> Best | None:
+    """The best evaluation of the stage that a checkpoint was saved in, None where there was none."""
+    found = checkpoint.load_progress(folder, step).get("best")
+    return None if found is None else Best(**found)
 
 
 def restore_state(
