@@ -75,8 +75,13 @@ def stacks(model: MLMamba) -> set[tuple[int, ...]]:
 
 def gathered(text: str) -> set[tuple[int, ...]]:
     """Shapes that all-gathers of a compiled module make, without axes of one."""
-    found = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
-    return {tuple(sorted(size for size in map(int, shape.split(",")) if size > 1)) for shape in found}
+    return {tuple(sorted(size for size in shape if size > 1)) for shape in exchanged(text, "all-gather(?:-start)?")}
+
+
+def exchanged(text: str, kinds: str) -> set[tuple[int, ...]]:
+    """Shapes of the results of these collectives."""
+    found = re.findall(rf"= \(?\w+\[([\d,]+)\]\S* (?:{kinds})\(", text)
+    return {tuple(map(int, shape.split(","))) for shape in found}
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 2, 2, 2)])
@@ -175,17 +180,19 @@ def print_partition(data: int, fsdp: int, tensor: int, batch_size: int) -> None:
     state = abstract_state(optimizer, trained, mesh)
     lowered = lower(model, optimizer, mesh, stage, state, frozen, abstract_batch(stage, recipe.model, mesh))
     compiled = lowered.compile()
-    print(compiled.memory_analysis().argument_size_in_bytes, json.dumps(sorted(gathered(compiled.as_text()))), sep="\n")
+    text, held = compiled.as_text(), compiled.memory_analysis().argument_size_in_bytes
+    whole_rows = [s for s in exchanged(text, "all-gather|all-reduce|all-to-all") if batch_size in s and len(s) > 2]
+    print(held, json.dumps(sorted(gathered(text))), json.dumps(whole_rows), sep="\n")
 
 
-MESHES = [(1, 8, 1, 8), (1, 64, 1, 64), (1, 128, 2, 128)]
+MESHES = [(1, 8, 1, 24), (1, 64, 1, 192), (1, 128, 2, 384)]
 
 
 @pytest.mark.parametrize(
     "data, fsdp, tensor, batch_size, optimized",
     [
         *((*sizes, False) for sizes in MESHES),
-        *(pytest.param(*sizes, True, marks=pytest.mark.full) for sizes in (*MESHES, (2, 16, 2, 32), (4, 64, 1, 256))),
+        *(pytest.param(*sizes, True, marks=pytest.mark.full) for sizes in (*MESHES, (2, 16, 2, 96), (4, 64, 1, 768))),
     ],
 )
 def test_ml_mamba_3b_partitions(data, fsdp, tensor, batch_size, optimized):
@@ -199,7 +206,8 @@ def test_ml_mamba_3b_partitions(data, fsdp, tensor, batch_size, optimized):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    held, shapes = done.stdout.splitlines()[-2:]
+    held, shapes, whole_rows = done.stdout.splitlines()[-3:]
+    assert json.loads(whole_rows) == [], "activations stay where their rows are"
     model = MLMamba(MLMambaConfig.named("ml-mamba-3b"))
     shapes, whole = set(map(tuple, json.loads(shapes))), model.param_shapes()
     assert (2560, 10576 // tensor) in shapes

@@ -110,6 +110,28 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
     assert losses["bfloat16"] != losses["float32"]
 
 
+def test_bfloat16_computes_on_parameters_in_float32():
+    """Products with weights are in bfloat16; parameters, moments and loss are in float32, and so is what they learn from."""
+    language = dataclasses.replace(MODEL.config.language, n_layers=1)
+    config = dataclasses.replace(MODEL.config, vision=(), connector=None, language=language)
+    mesh, batch = sharding.make_mesh(devices=jax.devices()[:1]), make_batch(8)._replace(images={}, image_mask=None)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        model = MLMamba(config.replace(dtype=dtype))
+        optimizer = make_optimizer(CONFIG, model, STEPS)
+        state = first_state(optimizer, init_params(model, mesh, 0), mesh)
+        step = make_train_step(model, optimizer, mesh, stage(trains=("language",)))
+        products = re.findall(r"dot_general .*: \(tensor<[\dx]*(\w+)>", step.lower(state, {}, batch).as_text())
+        assert products.count("bf16") >= (9 if dtype == "bfloat16" else 0)  # of in_proj, out_proj and the head
+        losses[dtype] = []
+        for _ in range(3):
+            state, metrics = step(state, {}, batch)
+            losses[dtype].append(float(metrics["loss"]))
+        arrays = (state.params, optax.tree_utils.tree_get(state.optimizer, "mu"))
+        assert {a.dtype for a in jax.tree.leaves(arrays)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+
+
 def test_weights_are_gathered_and_no_activations():
     """With the parameters split over all devices each mixer gathers its weights; the kernels run where their rows are."""
     language = dataclasses.replace(MODEL.config.language, n_layers=1)
