@@ -116,10 +116,12 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
 
 def _evaluator(run: Run, number: int) -> Evaluator | None:
     """None where nothing is to be evaluated, or there is nothing to evaluate on."""
-    config, source = run.config, run.data[number].get("test")
-    if config.eval_every is None or not source:
+    config, stage, source = run.config, run.config.stages[number], run.data[number].get("test")
+    if config.eval_every is None:
         return None
-    stage = config.stages[number]
+    if not source:
+        print(f"{stage.name}: its data has no test split: not evaluated", flush=True)
+        return None
     return Evaluator(
         run.model, run.tokenizer, run.mesh, stage, source, n=config.eval_records, batch_size=config.eval_batch_size
     )
