@@ -101,6 +101,25 @@ def test_a_step_costs_less_where_parts_are_frozen():
     assert finetune - align == counted_finetune - counted_align - convolutions > 0  # traced as sums of products
 
 
+@pytest.mark.parametrize("trains", [FULL_FINETUNE, FINETUNE])
+def test_an_image_costs_what_is_traced(trains):
+    """Forward and backward through encoders and connector; what reads pixels, or frozen features, has no gradient to pass on."""
+    config = TINY.replace(connector=dataclasses.replace(TINY.connector, scan="none"))
+    model, stage = MLMamba(config), StageConfig("s", trains=trains)
+    images = model.dummy_inputs(batch_size=1)["images"]
+    shapes = {name: tree for name, tree in model.param_shapes().items() if name != "language"}
+    trained, frozen = split(shapes, stage)
+
+    def gradient(trained, frozen):
+        return jax.grad(lambda p: model.apply({"params": {**p, **frozen}}, images, method="encode_images").sum())(
+            trained
+        )
+
+    language = model_cost(config).language
+    visual = config.n_visual_tokens * (language.forward + language.backward(trains=True, passes=True))
+    assert traced_flops(gradient, trained, frozen) == step_flops(config, stage, images=1, tokens=0) - visual
+
+
 def test_a_language_model_alone_costs_six_flops_a_parameter_and_token():
     config = MLMambaConfig.named("2.7b")
     flops = step_flops(config, StageConfig("s", trains=("language",)), images=0, tokens=1000)
