@@ -27,7 +27,7 @@ class ScanMixer(nn.Module):
         scan = declare_scan_parameters(self, mixer, len(directions))
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (mixer.d_inner,))
         y = pk.mamba2_grid(
-            in_projection(mixer, self.dtype)(u),
+            in_projection(mixer, self.dtype)(pk.keep_split(u, "b n d")),
             scan.conv_weight,
             -jnp.exp(scan.A_log.astype(jnp.float32)),
             grid=self.grid,

@@ -10,11 +10,11 @@ c channels.
 from pallas_kernels.causal_conv1d.api import CAUSAL_CONV1D, causal_conv1d, causal_conv1d_step
 from pallas_kernels.dispatch import IMPLEMENTATIONS, Explanation, Implementation, use_implementation
 from pallas_kernels.gated_rms_norm.api import GATED_RMS_NORM, gated_rms_norm
-from pallas_kernels.mamba2_layers_step.api import MAMBA2_LAYERS_STEP, mamba2_layers_step
 from pallas_kernels.mamba2_grid.api import MAMBA2_GRID, mamba2_grid
+from pallas_kernels.mamba2_layers_step.api import MAMBA2_LAYERS_STEP, mamba2_layers_step
 from pallas_kernels.mamba2_sequence.api import MAMBA2_SEQUENCE, mamba2_sequence
 from pallas_kernels.mamba2_step.api import MAMBA2_STEP, mamba2_step
-from pallas_kernels.sharded import keep_split, use_mesh
+from pallas_kernels.sharded import keep_split, use_mesh, whole_sequences
 from pallas_kernels.ssd.api import SSD, SSD_STEP, ssd, ssd_step
 from pallas_kernels.visual_scan.api import VISUAL_SCAN, visual_scan
 from pallas_kernels.visual_scan.directions import DIRECTIONS, scan_order
@@ -60,8 +60,8 @@ __all__ = [
     "explain",
     "gated_rms_norm",
     "keep_split",
-    "mamba2_layers_step",
     "mamba2_grid",
+    "mamba2_layers_step",
     "mamba2_sequence",
     "mamba2_step",
     "scan_order",
@@ -70,4 +70,5 @@ __all__ = [
     "use_implementation",
     "use_mesh",
     "visual_scan",
+    "whole_sequences",
 ]

@@ -12,7 +12,7 @@ from pallas_kernels.gated_rms_norm.api import gated_rms_norm
 from pallas_kernels.mamba2_grid.parts import by_parts
 from pallas_kernels.mamba2_sequence.parts import sizes_of
 from pallas_kernels.shapes import check_rank, check_shape
-from pallas_kernels.sharded import current
+from pallas_kernels.sharded import current, whole_sequences
 from pallas_kernels.visual_scan.api import check_walks, visual_scan
 
 MAMBA2_GRID = Op(
@@ -114,4 +114,5 @@ def mamba2_grid(
     if whole and explained.chosen == "pallas_gpu":
         return MAMBA2_GRID(implementation, zxbcdt, conv_weight, A, **arguments)
     parts = (functools.partial(part, implementation=implementation) for part in (visual_scan, gated_rms_norm))
-    return by_parts(*parts)(zxbcdt, conv_weight, A, **arguments)
+    with whole_sequences():  # the norm's l is that of a grid
+        return by_parts(*parts)(zxbcdt, conv_weight, A, **arguments)
