@@ -39,25 +39,78 @@ def read_image(source: str | Path | bytes, name: str | None = None):
     Raises:
         InputError: missing, damaged, of another format than `FORMATS`, or with more than `MAX_PIXELS`; names the file.
     """
+    data = source if isinstance(source, bytes) else read_file(source)
+    return _open(data, name or ("image" if isinstance(source, bytes) else str(source)))
+
+
+def _open(data: bytes, name: str, reduced: bool = False):
     from PIL import Image
 
-    data = source if isinstance(source, bytes) else read_file(source)
-    name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(
-                f"{name}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; make the image smaller"
-            )
+        _check_size(image, name)
+        if reduced:
+            image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
         image.load()
         return upright_rgb(image)
     except InputError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{name}: {error} Expected at most {MAX_PIXELS} pixels; make the image smaller") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         reason = "not an image of a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise InputError(
             f"{name}: cannot decode the image ({reason}); expected a whole {', '.join(FORMATS)} file"
         ) from error
+
+
+def _check_size(image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{name}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; make the image smaller"
+        )
+
+
+def check_image(data: bytes, name: str) -> None:
+    """Raise what `read_image` would for these bytes, in a third of its time: a JPEG is decoded to an eighth of its size."""
+    _open(data, name, reduced=True)
+
+
+def check_image_file(path: str | Path) -> None:
+    """Raise InputError for a file that is missing, of another format than `FORMATS`, too large, or cut off.
+
+    Only its header and its end are looked at. A file whose end is not as its format wants it is decoded.
+    """
+    from PIL import Image
+
+    try:
+        with open(path, "rb") as file:
+            try:
+                with Image.open(file, formats=FORMATS) as image:
+                    _check_size(image, str(path))
+                    format = image.format
+            except InputError:
+                raise
+            except Exception:  # the decoder below says what is wrong
+                format = None
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(size - 12, 0))
+            end = file.read()
+            if not _ends_well(format, end):
+                file.seek(0)
+                check_image(file.read(), str(path))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: found no such image file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the image file: {error.strerror}") from error
+
+
+def _ends_well(format: str | None, end: bytes) -> bool:
+    if format == "JPEG":
+        return end.endswith(b"\xff\xd9")
+    if format == "PNG":
+        return end == b"\0\0\0\0IEND\xaeB`\x82"
+    return False  # the others are rare, or their end tells nothing
 
 
 def upright_rgb(image):
