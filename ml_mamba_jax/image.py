@@ -19,6 +19,8 @@ MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can hold a very large one."""
 MAX_PIXELS_BETWEEN = 4 * MAX_PIXELS
 """The same for what an image becomes on its way to the square: letterbox makes much of a thin line."""
+JPEG_END, PNG_END = b"\xff\xd9", b"\0\0\0\0IEND\xaeB`\x82"
+"""What whole files of these formats end with."""
 
 
 def read_file(path: str | Path) -> bytes:
@@ -76,41 +78,37 @@ def check_image(data: bytes, name: str) -> None:
     _open(data, name, reduced=True)
 
 
-def check_image_file(path: str | Path) -> None:
-    """Raise InputError for a file that is missing, of another format than `FORMATS`, too large, or cut off.
+def check_image_ends(source: str | Path | bytes, name: str | None = None) -> None:
+    """Raise InputError for an image that is missing, of another format than `FORMATS`, too large, or cut off.
 
-    Only its header and its end are looked at. A file whose end is not as its format wants it is decoded.
+    Only its header and its end are looked at. An image whose end does not tell that it is whole is decoded.
     """
+    name = name or str(source)
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            format = _format(file, name)
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(size - len(PNG_END), 0))
+            end = file.read()
+            if not (format == "JPEG" and end.endswith(JPEG_END)) and not (format == "PNG" and end == PNG_END):
+                file.seek(0)
+                check_image(file.read(), name)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: found no such image file") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot read the image file: {error.strerror}") from error
+
+
+def _format(file, name: str) -> str | None:
+    """The format that the header of an image tells; None where it cannot be read, which a decoder will explain."""
     from PIL import Image
 
     try:
-        with open(path, "rb") as file:
-            try:
-                with Image.open(file, formats=FORMATS) as image:
-                    _check_size(image, str(path))
-                    format = image.format
-            except InputError:
-                raise
-            except Exception:  # the decoder below says what is wrong
-                format = None
-            size = file.seek(0, io.SEEK_END)
-            file.seek(max(size - 12, 0))
-            end = file.read()
-            if not _ends_well(format, end):
-                file.seek(0)
-                check_image(file.read(), str(path))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: found no such image file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the image file: {error.strerror}") from error
-
-
-def _ends_well(format: str | None, end: bytes) -> bool:
-    if format == "JPEG":
-        return end.endswith(b"\xff\xd9")
-    if format == "PNG":
-        return end == b"\0\0\0\0IEND\xaeB`\x82"
-    return False  # the others are rare, or their end tells nothing
+        image = Image.open(file, formats=FORMATS)
+    except Exception:  # as in `_open`
+        return None
+    _check_size(image, name)
+    return image.format
 
 
 def upright_rgb(image):

@@ -213,10 +213,3 @@ def image_folder_of(files: Sequence[Path], image_folder: Path | None) -> Path:
     if not folder.is_dir():
         raise InputError(f"{folder}: found no such folder, expected the one that image paths are relative to")
     return folder
-
-
-def without_image(description: Description) -> bool:
-    """Whether a record speaks of an image that it does not name."""
-    return description.image is None and any(
-        turn.role == "human" and turn.text.strip().startswith(IMAGE_MARK) for turn in description.turns
-    )

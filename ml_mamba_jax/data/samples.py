@@ -9,11 +9,14 @@ from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.image import prepare_images, read_image, stack_pixels
-from ml_mamba_jax.prompt import Turn, render, render_caption
+from ml_mamba_jax.prompt import Piece, Turn, render, render_caption
 from ml_mamba_jax.tokenizer import Tokenizer
 
 Form = Literal["chat", "caption"]
 """What of a conversation is learnt: its answers, or the caption of an image alone, as in the alignment stage."""
+
+NORMALIZED_BYTES = 3
+"""A tokenizer may bring a text into Unicode's normal form NFC before it counts bytes, and make up to three of one."""
 
 
 class Sample(NamedTuple):
@@ -54,14 +57,7 @@ def tokenize(
     Raises:
         InputError: no target within `max_tokens`, or more than one gpt turn for a caption; names the record.
     """
-    if form == "caption":
-        if len(turns) != 2:
-            raise InputError(
-                f"{name}: got {len(turns)} turns, expected a human turn and a caption; learn conversations with --data.form chat"
-            )
-        pieces = render_caption(turns[-1].text, prompt_format)
-    else:
-        pieces = render(turns, prompt_format)
+    pieces = pieces_of(turns, name, prompt_format, form)
     tokens, is_target = tokenizer.encode_pieces(pieces)
     total = len(tokens)
     tokens, is_target = np.asarray(tokens[:max_tokens], np.int32), np.asarray(is_target[:max_tokens], bool)
@@ -71,6 +67,31 @@ def tokenize(
             "raise --data.max-tokens or shorten the question"
         )
     return tokens, is_target
+
+
+def pieces_of(turns: Sequence[Turn], name: str, prompt_format: str, form: Form) -> list[Piece]:
+    """The pieces of a conversation that the model reads. Raises InputError as `check_form`."""
+    check_form(turns, form, name)
+    return render_caption(turns[-1].text, prompt_format) if form == "caption" else render(turns, prompt_format)
+
+
+def check_form(turns: Sequence[Turn], form: Form, name: str) -> None:
+    """Raise InputError, calling the record `name`, for a conversation that is no caption where one is to be learnt."""
+    if form == "caption" and len(turns) != 2:
+        raise InputError(
+            f"{name}: got {len(turns)} turns, expected a human turn and a caption; learn conversations with --data.form chat"
+        )
+
+
+def has_target(
+    turns: Sequence[Turn], tokenizer: Tokenizer, max_tokens: int, *, prompt_format: str = "zephyr", form: Form = "chat"
+) -> bool:
+    """Whether `tokenize` finds a target within `max_tokens`. Most texts are so short that they need not be tokenised."""
+    before = [] if form == "caption" else render(turns[:1], prompt_format)
+    n_bytes = sum(len(piece.text.encode()) for piece in before)
+    if NORMALIZED_BYTES * n_bytes < max_tokens:  # a token is at least one byte
+        return True
+    return len(tokenizer.encode_pieces(before)[0]) < max_tokens
 
 
 def make_sample(
