@@ -2,21 +2,15 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 SECONDS_BETWEEN_LINES = 10
 
 
-class Progress(Protocol):
-    def __call__(self, records: int) -> None:
-        """So many more records are done."""
-
-
 @contextmanager
-def progress(what: str, total: int | None, done: int = 0) -> Iterator[Progress]:
-    """A bar or lines on stderr for a task over `total` records, of which `done` were done before."""
+def progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], object]]:
+    """A bar or lines on stderr for a task over `total` records, of which `done` were done before; called with each more."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

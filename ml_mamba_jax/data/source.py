@@ -14,6 +14,7 @@ class RecordSource(Sequence[Record]):
 
     def __init__(self, builder, split: str):
         self._examples = builder.as_data_source(split)
+        self.folder, self.split = Path(builder.data_dir), split
         self._name = f"{builder.info.full_name}[{split}]"
 
     @classmethod
