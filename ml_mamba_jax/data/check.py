@@ -21,7 +21,7 @@ from ml_mamba_jax.data.parallel import default_workers, spread
 from ml_mamba_jax.data.progress import progress
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.data.samples import Form, check_form, has_target
-from ml_mamba_jax.data.shards import image_path
+from ml_mamba_jax.data.shards import SPLIT, image_path
 from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import InputError, one_line_errors
 from ml_mamba_jax.image import check_image, check_image_ends, read_file
@@ -233,7 +233,7 @@ def _of_data_set(number: int, checking: Checking, problems: list) -> tuple[Recor
 
 @functools.cache
 def _source(folder: Path) -> RecordSource:
-    return RecordSource.open(folder, "train")
+    return RecordSource.open(folder, SPLIT)
 
 
 @functools.cache

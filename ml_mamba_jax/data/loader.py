@@ -182,10 +182,10 @@ class BatchStream(Iterator[Batch]):
     def __init__(self, iterator: grain.DatasetIterator, allowed_bad: int, n_records: int):
         self._iterator, self._allowed_bad, self._n_records = iterator, allowed_bad, n_records
         self.ids, self.waited, self.skipped = [], 0.0, {}
-        self._others = set(multiprocessing.active_children())
+        self._others, self._workers = set(multiprocessing.active_children()), set()
         self._queue: queue.Queue = queue.Queue(maxsize=1)
         self._closed = threading.Event()
-        self._reader = threading.Thread(target=self._read, daemon=True, name="batches")
+        self._reader = threading.Thread(target=self._read, args=(iterator,), daemon=True, name="batches")
         self._reader.start()
 
     def __next__(self) -> Batch:
@@ -210,6 +210,7 @@ class BatchStream(Iterator[Batch]):
         if not self._closed.is_set():
             self._closed.set()
             self._iterator.close()
+            self._iterator = None  # or it might be closed again when Python ends, which grain does not survive
             with contextlib.suppress(queue.Empty):
                 self._queue.get_nowait()  # lets the reader see that it is over
             self._reader.join(timeout=10)
@@ -227,10 +228,10 @@ class BatchStream(Iterator[Batch]):
                 raise taken
             return taken
 
-    def _read(self) -> None:
+    def _read(self, iterator: grain.DatasetIterator) -> None:
         """Fill the queue from another thread, so that a worker that is silent cannot stop us from looking at it."""
         try:
-            for loaded in self._iterator:
+            for loaded in iterator:
                 self._put(loaded)
             self._put(None)
         except BaseException as error:
@@ -242,9 +243,10 @@ class BatchStream(Iterator[Batch]):
                 return self._queue.put(item, timeout=LOOK_EVERY)
 
     def _look_at_workers(self) -> None:
-        for process in set(multiprocessing.active_children()) - self._others:
-            code = process.exitcode
-            if code:
+        """grain tells of a dead worker when it is its turn to give a batch, which may be much later."""
+        self._workers |= {process for process in multiprocessing.active_children() if "grain" in process.name}
+        for process in self._workers - self._others:
+            if code := process.exitcode:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
                 raise WorkerError(
                     f"data: worker process {process.pid} {how}; resume the run, with fewer --data.workers if memory ran out"

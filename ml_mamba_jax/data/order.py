@@ -53,7 +53,7 @@ class Order(abc.ABC):
         """The plan of batch `number`, counted from 0 through all epochs."""
 
     @abc.abstractmethod
-    def n_batches(self, epochs: float) -> int:
+    def n_batches(self, epochs: int | float) -> int:
         """Batches of so many epochs, at least one."""
 
 
@@ -69,7 +69,7 @@ class RandomOrder(Order):
         rows = tuple((int(self._records[i]),) for i in range(first, first + self._batch_size))
         return Plan(rows, self._length, None)
 
-    def n_batches(self, epochs: float) -> int:
+    def n_batches(self, epochs: int | float) -> int:
         return max(1, math.ceil(epochs * self._n_records / self._batch_size))
 
 
@@ -95,7 +95,7 @@ class _Epochs(Order):
             epoch = bisect.bisect_right(self._ends, number)
             return self._epoch(epoch)[number - (self._ends[epoch - 1] if epoch else 0)]
 
-    def n_batches(self, epochs: float) -> int:
+    def n_batches(self, epochs: int | float) -> int:
         with self._lock:
             whole, part = int(epochs), epochs - int(epochs)
             n = sum(len(self._epoch(epoch)) for epoch in range(whole))

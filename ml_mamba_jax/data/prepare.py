@@ -10,10 +10,13 @@ from pathlib import Path
 
 from ml_mamba_jax.data import llava
 from ml_mamba_jax.data.builders import default_place
+from ml_mamba_jax.data.lengths import measure
 from ml_mamba_jax.data.parallel import default_workers
-from ml_mamba_jax.data.shards import LEFT_OUT_FILE, Packing, pack
+from ml_mamba_jax.data.shards import LEFT_OUT_FILE, SPLIT, Packing, pack
 from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import InputError, one_line_errors
+from ml_mamba_jax.prompt import prompt_format
+from ml_mamba_jax.tokenizer import Tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,15 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="leave out up to this part of the records (default 0)",
     )
     parser.add_argument("--any-suffix", action="store_true", help="take x.png or x.gif where x.jpg is missing")
+    parser.add_argument("--tokenizer", help="count tokens too, so that grouped and packed training starts at once")
+    parser.add_argument(
+        "--form", choices=("chat", "caption"), default="chat", help="what --tokenizer counts (default: %(default)s)"
+    )
+    parser.add_argument("--prompt-format", default="zephyr", help="what --tokenizer counts (default: %(default)s)")
     args = parser.parse_args(arguments)
     with one_line_errors():
         if not 0 <= args.max_bad < 1:
             raise InputError(f"--max-bad: got {args.max_bad}, expected a part of the records, from 0 to below 1")
         files = tuple(map(llava.json_file, args.files))
+        tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+        prompt_format(args.prompt_format)  # only for its check
         packing = Packing(files, llava.image_folder_of(files, args.images), args.max_bad, args.any_suffix)
         place = args.out or default_place(Path("data"), packing)
         pack(packing, place, args.workers)
-        print(f"{place}: {len(RecordSource.open(place, 'train')):,} records")
+        source = RecordSource.open(place, SPLIT)
+        if tokenizer is not None:
+            measure(source, tokenizer, args.prompt_format, args.form)
+        print(f"{place}: {len(source):,} records")
         left_out = place / LEFT_OUT_FILE
         if left_out.is_file():
             print(f"{len(left_out.read_text(encoding='utf-8').splitlines()):,} left out, listed in {left_out}")

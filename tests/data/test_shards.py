@@ -16,6 +16,7 @@ from ml_mamba_jax.data.shards import Packing, pack
 from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import Turn
+from ml_mamba_jax.tokenizer import Tokenizer
 from tests.data.own_data import conversation, write_images, write_llava
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,10 @@ def test_several_files_are_one_data_set_and_lines_are_read(tmp_path, capsys):
     write_images(tmp_path, ["a.jpg", "b.png"])
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.jpg", "caption": "A cat."}\n{"caption": "Text."}\n')
     (tmp_path / "more.json").write_text(json.dumps([{"image": "b.png", "question": "What?", "answer": "A dog."}]))
-    prepare.main([str(tmp_path), str(tmp_path / "more.json"), "--out", str(tmp_path / "packed"), "--workers", "1"])
+    tokenizer = Tokenizer.train([], 257).save(tmp_path)
+    options = ["--out", str(tmp_path / "packed"), "--workers", "1", "--tokenizer", str(tokenizer)]
+    prepare.main([str(tmp_path), str(tmp_path / "more.json"), *options])
+    assert len(list((tmp_path / "packed").glob("lengths-train-*.npz"))) == 1
     assert "packed: 3 records" in capsys.readouterr().out
     assert [(record.turns[1].text, record.image is None) for record in read(tmp_path / "packed")] == [
         ("A cat.", False),
