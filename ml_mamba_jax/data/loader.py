@@ -19,6 +19,7 @@ import grain
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.lengths import measure
 from ml_mamba_jax.data.order import Batching, GroupedOrder, Order, PackedOrder, Plan, RandomOrder, buckets
+from ml_mamba_jax.data.parallel import default_workers
 from ml_mamba_jax.data.samples import Batch, Form, Sample, collate, collate_packed, make_sample
 from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import InputError, WorkerError
@@ -26,6 +27,9 @@ from ml_mamba_jax.tokenizer import Tokenizer
 
 LOOK_EVERY = 0.5
 """Seconds between two looks whether the workers live, while waiting for them."""
+MAX_THREADS = 16
+CLOSING = 5.0
+"""Seconds that a batch which is being read may take, when the stream is closed."""
 
 
 def make_order(
@@ -103,7 +107,8 @@ def batches(
         raise InputError(f"batch_size: got {batch_size}, expected a multiple of {part[1]}, the number of processes")
     load = _Load(source, tokenizer, config, order, max_tokens, form, max_bad > 0, part)
     dataset = grain.MapDataset.range(first, last).map(load)
-    iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    threads = 1 if workers else min(max(2, default_workers()), MAX_THREADS)  # each is busy with a batch of its own
+    iterator = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1))
     if workers:
         _mark_absl_flags_as_parsed()
         iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
@@ -209,11 +214,13 @@ class BatchStream(Iterator[Batch]):
         """End the threads and processes."""
         if not self._closed.is_set():
             self._closed.set()
+            with contextlib.suppress(queue.Empty):
+                self._queue.get_nowait()
+            self._reader.join(
+                timeout=CLOSING
+            )  # grain wants no other thread in its iterator, but one may be stuck there
             self._iterator.close()
             self._iterator = None  # or it might be closed again when Python ends, which grain does not survive
-            with contextlib.suppress(queue.Empty):
-                self._queue.get_nowait()  # lets the reader see that it is over
-            self._reader.join(timeout=10)
 
     def _take(self) -> Loaded | None:
         """The next batch, None at the end."""
