@@ -1,7 +1,7 @@
 """How fast records are checked, packed and read: python benchmarks/data.py [--records N] [--workers 1 2]
 
 A data set in LLaVA's form is made up for it: photos of 640 x 427 pixels that come with scikit-learn, a seventh of the records text
-alone, conversations of very different lengths cut from the documentation. Records per second by the clock, and per second of a core:
+alone, conversations of very different lengths cut from the documentation. Records a second by the clock, and a second of one core:
 
 * check: without decoding, with a tokenizer besides, and decoding every image;
 * prepare: packing, with every image decoded once; count: the tokens of what was packed;
@@ -58,9 +58,8 @@ def main() -> None:
         place = Path(folder)
         tokenizer_file = make_data(place, args.records, args.tokenizer)
         data, tokens = [place / "chat.json", "--images", place / "images"], ["--tokenizer", tokenizer_file]
-        print(
-            f"{args.records:,} records on {os.cpu_count()} cores\n{COLUMNS[0]:<24}{COLUMNS[1]:>8}{COLUMNS[2]:>12}{COLUMNS[3]:>9}"
-        )
+        print(f"{args.records:,} records on {os.cpu_count()} cores")
+        print("{:<20}{:>8}{:>12}{:>12}{:>9}".format(*COLUMNS))
         for workers in args.workers:
             several = ["--workers", workers]
             add("check", workers, run("check", args.records, *data, *several))

@@ -117,13 +117,16 @@ def upright_rgb(image):
     Transparency is dropped, and what lies under it shows, as in the original. Grey values of 16 bit lose their lower byte, as
     Pillow does it for colours of 16 bit; the original clips them all to 255, which leaves little but white.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    image.info.pop("transparency", None)  # Pillow would warn that RGB cannot hold it
-    return image.convert("RGB")
+    if "transparency" in image.info:
+        image = image.copy()
+        del image.info["transparency"]  # Pillow would warn that RGB cannot hold it
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def prepare_images(image, config: MLMambaConfig, name: str = "image") -> dict[str, np.ndarray]:
