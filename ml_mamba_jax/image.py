@@ -46,7 +46,7 @@ def read_image(source: str | Path | bytes, name: str | None = None):
 
 
 def _open(data: bytes, name: str, reduced: bool = False):
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -54,6 +54,7 @@ def _open(data: bytes, name: str, reduced: bool = False):
         if reduced:
             image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # here, so that there are never more than two of a large image
         return upright_rgb(image)
     except InputError:
         raise

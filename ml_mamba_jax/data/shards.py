@@ -176,7 +176,7 @@ def _write_shards(packing: Packing, aside: Path, total: int, n_shards: int, work
 
 
 def write_shard(task: ShardTask) -> ShardNote:
-    """Write one shard and its note. With a record that cannot be used, where none may be left out, nothing is kept."""
+    """Write one shard, without the records that cannot be used, and its note."""
     features = record_features()
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     unfinished = task.path.with_name(f".{task.path.name}.{os.getpid()}")
@@ -197,9 +197,8 @@ def write_shard(task: ShardTask) -> ShardNote:
         note = ShardNote(
             task.path.name, task.digest, len(task.entries), records, record_bytes, unfinished.stat().st_size, problems
         )
-        if task.packing.max_bad or not problems:
-            unfinished.replace(task.path)
-            _write_synced(_note_path(task.path), json.dumps(note._asdict()))
+        unfinished.replace(task.path)
+        _write_synced(_note_path(task.path), json.dumps(note._asdict()))
     finally:
         unfinished.unlink(missing_ok=True)
     return note
@@ -253,7 +252,7 @@ def _note_path(shard: Path) -> Path:
 
 
 def _read_note(task: ShardTask) -> ShardNote | None:
-    """The note of a shard that is whole and made of the same records."""
+    """The note of a shard that is whole and made of the same records; if it leaves some out, of one where that may be."""
     try:
         note = ShardNote(**json.loads(_note_path(task.path).read_text(encoding="utf-8")))
         same = note.digest == task.digest and note.file_bytes == task.path.stat().st_size

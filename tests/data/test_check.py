@@ -111,9 +111,11 @@ def test_a_clean_data_set_is_shown_and_so_is_the_packed_one(tmp_path, capsys, to
 
 def test_a_file_that_breaks_off_is_one_more_fault(tmp_path, capsys):
     file, images = write_llava(tmp_path, 5)
+    (images / "coco" / "1.png").unlink()
     file.write_text(file.read_text()[:-30])
     code, output = run(capsys, file, "--images", images)
     assert code == 2
+    assert "1.png: found no such image file" in output
     assert "cannot read the records: broken at record 4" in output
 
 

@@ -129,6 +129,13 @@ def test_bad_records_are_left_out_only_up_to_a_part(tmp_path, small_shards):
     with pytest.raises(InputError, match=r"3 of 30 records cannot be used, more than the 3\.00%"):
         pack(Packing((file,), images, max_bad=0.03), tmp_path / "packed", workers=1)
     assert not (tmp_path / "packed").exists()
+    shutil.copytree(tmp_path, tmp_path / "mended")
+    shutil.copy(images / "coco" / "3.png", images / "coco" / "1.png")
+    pack(Packing((file,), images), tmp_path / "packed", workers=1)
+    assert len(read(tmp_path / "packed")) == 30
+
+    file, images = tmp_path / "mended" / "chat.json", tmp_path / "mended" / "images"
+    shutil.rmtree(tmp_path / "packed")
     pack(Packing((file,), images, max_bad=0.1), tmp_path / "packed", workers=1)
     ids = [int(record.id[:8]) for record in read(tmp_path / "packed")]
     assert ids == [i for i in range(30) if i not in users]

@@ -152,13 +152,13 @@ def test_rows_without_an_image_do_not_see_the_others_pixels():
 
 
 def samples_of(n: int, max_tokens: int = 200) -> list:
-    """Samples of very different lengths, every third of them text alone, and a caption."""
+    """Samples of very different lengths, every third of them text alone, and captions with and without an image."""
     tokenizer, made = Tokenizer.train([], 257), []
     for i in range(n):
         turns = (Turn("human", "<image>\n" + "Which? " * (i % 4)), Turn("gpt", "It is " + "7" * (3 * i % 8)))
         turns += (Turn("human", "Sure?"), Turn("gpt", "Yes")) if i % 2 else ()
         picture = None if i % 3 == 2 else png(("red", "blue", "green", "white")[i % 4])
-        form = "caption" if i == 4 else "chat"
+        form = "caption" if i in (2, 4) else "chat"
         made.append(make_sample(Record(f"r{i}", picture, turns), tokenizer, MODEL.config, max_tokens, form))
     return made
 
