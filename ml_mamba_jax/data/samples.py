@@ -130,9 +130,7 @@ def collate(
     lengths, mask = np.zeros(len(samples), np.int32), np.zeros(len(samples), bool)
     for row, sample in enumerate(samples):
         if sample is None:
-            mask[row] = (
-                True  # of a black image, from which nothing is learnt; so the batch keeps the form of the others
-            )
+            mask[row] = True  # a black image, seen in vain: the batch keeps the form of the others
             continue
         lengths[row], mask[row] = len(sample.tokens), sample.pixels is not None
         tokens[row, : lengths[row]] = sample.tokens
