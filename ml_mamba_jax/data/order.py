@@ -149,7 +149,7 @@ class GroupedOrder(_Epochs):
 class PackedOrder(_Epochs):
     """Rows of `row_length` positions that hold records one after the other, each its visual tokens and then its text.
 
-    A row has at most `image_slots` images, as many as rows of average records have.
+    A row has at most `image_slots` images, as many as would fill it if all were average: fewer would leave its end empty.
     """
 
     def __init__(self, lengths: Lengths, batch_size: int, row_length: int, max_tokens: int, n_visual: int, seed: int):
@@ -168,7 +168,7 @@ class PackedOrder(_Epochs):
         self._has_image = lengths.has_image & (n_visual > 0)
         self._sizes = np.minimum(lengths.tokens, max_tokens) + n_visual * self._has_image
         with_image = self._sizes[self._has_image]
-        self.image_slots = max(1, round(row_length / with_image.mean())) if len(with_image) else 0
+        self.image_slots = math.ceil(row_length / with_image.mean()) if len(with_image) else 0
 
     def _plan(self, epoch: int, rng: np.random.Generator) -> list[Plan]:
         records = rng.permutation(len(self._sizes))
