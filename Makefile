@@ -23,7 +23,7 @@ $(error ACCELERATOR: got $(ACCELERATOR), expected cuda13, tpu or nothing)
 endif
 
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu lint docs clean always
+.PHONY: help demo test test-full test-gpu lint docs clean always
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ demo: $(stamps)/demo$(suffix) ## train a small ML-Mamba on handwritten digits, t
 
 test: $(stamps)/test$(suffix) ## run the tests
 	@$(bin)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
+
+test-full: $(stamps)/test$(suffix) ## run the tests that take minutes too
+	@$(bin)/python -m pytest -m "full or not (gpu or tpu)" -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
 test-gpu: $(stamps)/test$(suffix) ## run the tests that need a CUDA device (with ACCELERATOR=cuda13)
 	@$(bin)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -17,7 +17,7 @@ manifest before anything is read.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,11 +154,16 @@ def write_model(folder: Path, config: MLMambaConfig, tokenizer: Tokenizer | None
 
 
 def save(
-    folder: Path, step: int, items: Mapping[str, Any], progress: Mapping[str, Any] | None = None, keep: int = 2
+    folder: Path,
+    step: int,
+    items: Mapping[str, Any],
+    progress: Mapping[str, Any] | None = None,
+    keep: int = 2,
+    spare: Collection[int] = (),
 ) -> None:
     """Write a checkpoint: trees of arrays by name, and JSON values. Returns when it is on disk, whole and with its manifest.
 
-    Older checkpoints beyond `keep` are deleted afterwards, never before.
+    Older checkpoints beyond `keep`, but those of the steps `spare`, are deleted afterwards, never before.
     """
     final = _step_folder(folder, step)
     aside = final.with_name(f".{step}.partial")
@@ -175,7 +180,7 @@ def save(
     digests = {str(path.relative_to(aside)): sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     serialize.write_text(aside / MANIFEST_FILE, json.dumps({"sha256": digests}, indent=1) + "\n")
     aside.rename(final)
-    for old in steps(folder)[:-keep]:
+    for old in set(steps(folder)[:-keep]) - set(spare):
         shutil.rmtree(_step_folder(folder, old))
 
 

@@ -109,9 +109,19 @@ class Mamba2Config:
     norm_eps: float = 1e-5
     residual_in_float32: bool = True
     """Keep the residual stream in float32 whatever the compute dtype."""
+    lora_rank: int = 0
+    """Rank of what is added to the kernels of each mixer's projections (arXiv 2106.09685); 0 for nothing. A stage that trains
+    the language model then trains the additions alone."""
+    lora_alpha: float = 16.0
+    """The additions are scaled by lora_alpha / lora_rank."""
 
     def __post_init__(self):
-        _check_sizes(self)
+        _check_sizes(self, lora_rank=0)
+
+    @property
+    def lora(self) -> tuple[int, float] | None:
+        """Rank and scale of the additions, None where there are none."""
+        return (self.lora_rank, self.lora_alpha / self.lora_rank) if self.lora_rank else None
 
     @property
     def padded_vocab_size(self) -> int:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+import pallas_kernels as pk
 from ml_mamba_jax.config import ConnectorConfig
-from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, rms_norm, stack_layers
+from ml_mamba_jax.layers import ACTIVATIONS, Remat, dense, layer_norm, rms_norm, stack_layers
 from ml_mamba_jax.projector import project
 from ml_mamba_jax.scan2d import ScanMixer
 from ml_mamba_jax.typing import Hidden
@@ -28,6 +29,7 @@ class ScanBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Hidden, _: None) -> tuple[Hidden, None]:
         scan, eps = self.config.scan, self.config.norm_eps
+        x = pk.keep_split(x, "b n d")
         mixer = ScanMixer(self.config, self.grid, self.dtype, name="mixer")
         if scan == "basic":
             return x + mixer(rms_norm(eps, name="norm", dtype=self.dtype)(x)), None
@@ -42,7 +44,9 @@ class ScanBlock(nn.Module):
         def linear(name, axes=("embed", "mlp")):
             return dense(x.shape[-1], axes, name=name, dtype=self.dtype)
 
-        return linear("w3", ("mlp", "embed"))(nn.silu(linear("w1")(x)) * linear("w2")(x))
+        x = pk.keep_split(x, "b n d")
+        gated = pk.keep_split(nn.silu(linear("w1")(x)) * linear("w2")(x), "b n c")
+        return linear("w3", ("mlp", "embed"))(gated)
 
 
 class ScanConnector(nn.Module):
@@ -51,11 +55,12 @@ class ScanConnector(nn.Module):
     config: ConnectorConfig
     grid: tuple[int, int]
     dtype: jnp.dtype
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, features: Float[Array, "b l c"]) -> Float[Array, "b l_out d"]:
         config = self.config
+        features = pk.keep_split(features, "b n d")
         x = features if config.scan == "none" else self._scan(features)
         return project(x, config, self.grid, self.dtype)
 

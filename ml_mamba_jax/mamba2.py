@@ -11,9 +11,12 @@ from jaxtyping import Float, Int
 
 import pallas_kernels as pk
 from ml_mamba_jax.config import Mamba2Config, MixerConfig
-from ml_mamba_jax.layers import dense, rms_norm, stack_layers, uniform_fan_in, with_axes
+from ml_mamba_jax.layers import LowRankDense, Remat, dense, rms_norm, stack_layers, uniform_fan_in, with_axes
 from ml_mamba_jax.state import MambaState
 from ml_mamba_jax.typing import Hidden, SegmentIds, Tokens
+
+LoRA = tuple[int, float] | None
+"""Rank and scale of an addition to a kernel, see `ml_mamba_jax.layers.LowRankDense`."""
 
 
 class ScanParameters(NamedTuple):
@@ -42,14 +45,20 @@ def declare_scan_parameters(module: nn.Module, config: MixerConfig, directions: 
     )
 
 
-def in_projection(config: MixerConfig, dtype: jnp.dtype) -> nn.Dense:
-    return dense(config.in_proj_features, ("embed", "inner"), name="in_proj", dtype=dtype, use_bias=False)
+def in_projection(config: MixerConfig, dtype: jnp.dtype, lora: LoRA = None) -> nn.Module:
+    return _projection("in_proj", config.in_proj_features, ("embed", "inner"), dtype, uniform_fan_in, lora)
 
 
-def out_projection(config: MixerConfig, dtype: jnp.dtype, n_layers: int) -> nn.Dense:
+def out_projection(config: MixerConfig, dtype: jnp.dtype, n_layers: int, lora: LoRA = None) -> nn.Module:
     """The output projection, its initial scale shrunk by the square root of the number of residual additions."""
     init = nn.initializers.variance_scaling(1 / (3 * n_layers), "fan_in", "uniform")
-    return dense(config.d_model, ("inner", "embed"), name="out_proj", dtype=dtype, use_bias=False, kernel_init=init)
+    return _projection("out_proj", config.d_model, ("inner", "embed"), dtype, init, lora)
+
+
+def _projection(name: str, features: int, axes: tuple[str, str], dtype, kernel_init, lora: LoRA) -> nn.Module:
+    if lora is None:
+        return dense(features, axes, name=name, dtype=dtype, use_bias=False, kernel_init=kernel_init)
+    return LowRankDense(features, axes, *lora, dtype, kernel_init, name=name)
 
 
 def split_projection(zxbcdt: Float[Array, "b l e"], config: MixerConfig) -> tuple[Array, Array, Array]:
@@ -75,6 +84,7 @@ class Mamba2Mixer(nn.Module):
     config: MixerConfig
     n_layers: int
     dtype: jnp.dtype
+    lora: LoRA = None
 
     @nn.compact
     def __call__(
@@ -88,7 +98,7 @@ class Mamba2Mixer(nn.Module):
         config = self.config
         scan = declare_scan_parameters(self, config)
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (config.d_inner,))
-        zxbcdt = in_projection(config, self.dtype)(u)
+        zxbcdt = in_projection(config, self.dtype, self.lora)(u)
         A = -jnp.exp(scan.A_log.astype(jnp.float32))
         shared = {"D": scan.D, "dt_bias": scan.dt_bias, "dt_limit": config.dt_limit}
 
@@ -106,7 +116,7 @@ class Mamba2Mixer(nn.Module):
                 active=None if segment_ids is None else segment_ids[:, 0] >= 0,
                 **shared,
             )
-            return out_projection(config, self.dtype, self.n_layers)(y[:, None]), MambaState(*state)
+            return out_projection(config, self.dtype, self.n_layers, self.lora)(y[:, None]), MambaState(*state)
 
         before = MambaState(None, None) if state is None else jax.tree.map(lambda a: a[layer], state)
         outputs = pk.mamba2_sequence(
@@ -126,10 +136,10 @@ class Mamba2Mixer(nn.Module):
             **shared,
         )
         if state is None:
-            return out_projection(config, self.dtype, self.n_layers)(outputs), None
+            return out_projection(config, self.dtype, self.n_layers, self.lora)(outputs), None
         y, *after = outputs
         state = jax.tree.map(lambda stack, a: stack.at[layer].set(a), state, MambaState(*after))
-        return out_projection(config, self.dtype, self.n_layers)(y), state
+        return out_projection(config, self.dtype, self.n_layers, self.lora)(y), state
 
 
 class Mamba2Block(nn.Module):
@@ -145,7 +155,7 @@ class Mamba2Block(nn.Module):
         residual, state = carry
         residual = pk.keep_split(residual, "b l d")
         u = rms_norm(self.config.norm_eps, name="norm", dtype=self.dtype)(residual)
-        mixer = Mamba2Mixer(self.config.mixer, self.config.n_layers, self.dtype, name="mixer")
+        mixer = Mamba2Mixer(self.config.mixer, self.config.n_layers, self.dtype, self.config.lora, name="mixer")
         y, state = mixer(u, state, segment_ids, layer)
         return (residual + y.astype(residual.dtype), state), None
 
@@ -155,7 +165,7 @@ class Mamba2(nn.Module):
 
     config: Mamba2Config
     dtype: jnp.dtype
-    remat: bool = False
+    remat: Remat = False
 
     def setup(self):
         config = self.config
@@ -171,7 +181,8 @@ class Mamba2(nn.Module):
     def embed(self, tokens: Tokens) -> Hidden:
         """Token embeddings in the compute dtype. Ids outside the table give NaN, never a neighbour's row."""
         tokens = jnp.where(tokens < 0, self.embedding.shape[0], tokens)  # a negative index would count from the end
-        return jnp.take(self.embedding, tokens, axis=0, mode="fill").astype(self.dtype)
+        table = pk.keep_split(self.embedding.astype(self.dtype), "c d")
+        return pk.keep_split(jnp.take(table, tokens, axis=0, mode="fill"), "b l d")
 
     def __call__(
         self, x: Hidden, state: MambaState | None = None, segment_ids: SegmentIds | None = None
@@ -180,12 +191,13 @@ class Mamba2(nn.Module):
         residual = x.astype(jnp.float32) if self.config.residual_in_float32 else x
         layers = jnp.arange(self.config.n_layers)
         (residual, state), _ = self.blocks((residual, state), layers, segment_ids)
-        return self.norm(residual), state
+        return self.norm(pk.keep_split(residual, "b l d")), state
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """float32 logits over the padded vocabulary."""
         table = self.embedding.T if self.config.tie_embeddings else self.head
-        return jnp.matmul(hidden, table.astype(self.dtype), preferred_element_type=jnp.float32)
+        table = pk.keep_split(table.astype(self.dtype), "d c")
+        return jnp.matmul(hidden, table, preferred_element_type=jnp.float32)
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

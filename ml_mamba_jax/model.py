@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.connector import ScanConnector
+from ml_mamba_jax.layers import Remat
 from ml_mamba_jax.mamba2 import Mamba2
 from ml_mamba_jax.state import MambaState, init_state
 from ml_mamba_jax.typing import Hidden, Images, ImageStarts, LastLogits, RowImages, RowMask, SegmentIds, Tokens
@@ -32,8 +33,8 @@ class MLMamba(nn.Module):
     """
 
     config: MLMambaConfig
-    remat: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    remat: Remat = False
+    """Recompute each block in the backward pass instead of keeping its activations: all of it, or all but its projections."""
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.config.dtype)

@@ -6,6 +6,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+import pallas_kernels as pk
 from ml_mamba_jax.config import ConnectorConfig
 from ml_mamba_jax.layers import ACTIVATIONS, dense, uniform_fan_in, with_axes
 from ml_mamba_jax.typing import Hidden
@@ -28,6 +29,7 @@ def project(
         axes = ("mlp", "embed") if i == 1 else ("embed", "mlp")
         x = x if i == 0 else ACTIVATIONS["gelu"](x)
         x = dense(width, axes, name=f"projector_{i}", dtype=dtype, kernel_init=kernel_init)(x)
+        x = pk.keep_split(x, f"b n {'d' if axes[1] == 'embed' else 'c'}")
     return _pool(x, grid, config.pooled_grid, dtype) if config.projector == "fused-ldpnet" else x
 
 

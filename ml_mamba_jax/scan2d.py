@@ -32,6 +32,7 @@ class ScanMixer(nn.Module):
         mixer, directions = self.config.mixer, self.config.directions
         scan = declare_scan_parameters(self, mixer, len(directions))
         norm_weight = self.param("norm_weight", with_axes(nn.initializers.ones, "inner"), (mixer.d_inner,))
+        u = pk.keep_split(u, "b n d")
         z, xBC, dt = split_projection(in_projection(mixer, self.dtype)(u), mixer)
         x, B, C = split_channels(xBC, mixer)
         y = pk.visual_scan(
@@ -51,12 +52,13 @@ class ScanMixer(nn.Module):
             merge=None,
             chunk_size=mixer.chunk_size,
         )
-        y = pk.gated_rms_norm(
-            y.reshape(len(directions), *z.shape),
-            jnp.broadcast_to(z[None], (len(directions), *z.shape)),
-            norm_weight,
-            eps=mixer.norm_eps,
-            group_size=mixer.d_inner // mixer.n_groups,
-            norm_before_gate=mixer.norm_before_gate,
-        )
+        with pk.whole_sequences():  # an image is seen whole
+            y = pk.gated_rms_norm(
+                y.reshape(len(directions), *z.shape),
+                jnp.broadcast_to(z[None], (len(directions), *z.shape)),
+                norm_weight,
+                eps=mixer.norm_eps,
+                group_size=mixer.d_inner // mixer.n_groups,
+                norm_before_gate=mixer.norm_before_gate,
+            )
         return out_projection(mixer, self.dtype, self.config.n_layers)(jnp.mean(y, axis=0))

@@ -1,11 +1,13 @@
 """Where arrays live on a mesh of devices.
 
-Modules name the axes of their parameters (`embed`, `heads`, ...); `RULES` maps those names to the mesh axes `data`, `fsdp` and
-`tensor`. Inside `split_kernels` the kernels run on each device's part of the batch and of the heads. Nothing else in the library
-knows about meshes.
+Modules name the axes of their parameters (`embed`, `heads`, ...); `RULES` maps those names to the mesh axes `fsdp` and `tensor`.
+Inside `split_kernels` the kernels run on each device's part of the batch, the heads and the sequence, and
+`pallas_kernels.keep_split` in the modules keeps what lies between them split alike. Nothing else in the library knows about meshes.
 """
 
 import contextlib
+import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -16,11 +18,14 @@ import pallas_kernels as pk
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 """The batch is split over both; parameters over `fsdp` and `tensor`."""
+SEQUENCE_AXIS = "sequence"
+"""Splits the tokens that the language model reads, for long rows; encoders and connector see whole images."""
 
-RULES: dict[str, str | None] = {
+Rules = Mapping[str, str | None]
+RULES: Rules = {
     "embed": "fsdp",
     "inner": "tensor",
     "heads": "tensor",
@@ -36,7 +41,7 @@ STACKING_AXES = ("layers", "directions")
 """Axes along which equal parameters are stacked; what is one-dimensional stays so whatever is stacked."""
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices: list | None = None) -> Mesh:
     """A mesh over all devices; one size may be -1 and takes what the others leave.
 
     Axes are of type Auto: flax.linen fails under the Explicit type that `jax.make_mesh` would choose.
@@ -45,19 +50,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
         InputError: sizes that do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, tensor, sequence]
+    shown = 3 if sequence == 1 else 4
+    got = f"mesh: got {' x '.join(MESH_AXES[:shown])} = {' x '.join(map(str, sizes[:shown]))}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise InputError(
-            f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, expected positive sizes and at most one -1"
-        )
-    known = int(np.prod([size for size in sizes if size != -1]))
+        raise InputError(f"{got}, expected positive sizes and at most one -1")
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices):
-        raise InputError(
-            f"mesh: got data x fsdp x tensor = {data} x {fsdp} x {tensor}, "
-            f"expected a product of {len(devices)}, the number of devices"
-        )
+    if math.prod(sizes) != len(devices):
+        raise InputError(f"{got}, expected a product of {len(devices)}, the number of devices")
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -69,32 +71,53 @@ def logical_axes(model: MLMamba) -> dict:
     return jax.tree.map(lambda ndim, spec: tuple(spec) + (None,) * (ndim - len(spec)), ndims, specs)
 
 
-def param_shardings(model: MLMamba, mesh: Mesh) -> dict:
+def param_shardings(model: MLMamba, mesh: Mesh, rules: Rules = RULES) -> dict:
     """The tree of the parameters with a NamedSharding in place of each array.
 
     Raises:
-        InputError: a size that its mesh axis does not divide; lists all of them.
+        InputError: two axes of a parameter that `rules` map to the same mesh axis, or a size that its mesh axis does not
+            divide; lists them.
     """
-    shapes = model.param_shapes()
     problems = []
 
     def place(path, shape, axes):
-        spec = []
+        name, spec = "/".join(str(key.key) for key in path), []
         for size, axis in zip(shape.shape, axes, strict=True):
-            mesh_axis = RULES.get(axis) if axis else None
-            spec.append(None if mesh_axis in spec else mesh_axis)
-            if spec[-1] and size % mesh.shape[mesh_axis]:
-                name = "/".join(str(key.key) for key in path)
+            mesh_axis = rules.get(axis) if axis else None
+            if mesh_axis is not None and mesh_axis in spec:
+                problems.append(f"{name} [{', '.join(map(str, axes))}] would be split over {mesh_axis} twice")
+                mesh_axis = None
+            spec.append(mesh_axis)
+            if mesh_axis and size % mesh.shape[mesh_axis]:
                 problems.append(f"{name} [{axis}] has {size}, {mesh_axis} is {mesh.shape[mesh_axis]}")
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    shardings = jax.tree_util.tree_map_with_path(place, shapes, logical_axes(model))
+    shardings = jax.tree_util.tree_map_with_path(place, model.param_shapes(), logical_axes(model))
+    problems = _heads_that_do_not_split(model, mesh.shape[rules["heads"]] if rules["heads"] else 1) + problems
     if problems:
         raise InputError(
             f"mesh: got {dict(mesh.shape)}, which does not divide {len(problems)} axes; "
             f"choose other sizes: {'; '.join(problems[:5])}"
         )
     return shardings
+
+
+def _heads_that_do_not_split(model: MLMamba, parts: int) -> list[str]:
+    """Heads are whole on a device, although what is split are the features of all of them together."""
+    config = model.config
+    heads = {f"vision/{encoder.name}": encoder.n_heads for encoder in config.vision}
+    heads |= {name: part.mixer.n_heads for name in ("connector", "language") if (part := getattr(config, name))}
+    return [f"{name} has {n} heads, {RULES['heads']} is {parts}" for name, n in heads.items() if n % parts]
+
+
+def check_tokens(n_tokens: int, mesh: Mesh) -> None:
+    """Raise InputError for rows of visual tokens and text that the mesh axis `sequence` does not divide."""
+    parts = mesh.shape[SEQUENCE_AXIS]
+    if n_tokens % parts:
+        raise InputError(
+            f"mesh: got sequence {parts}, which does not divide rows of {n_tokens} tokens (image and text); "
+            f"choose another size, or change data.max-tokens by {parts - n_tokens % parts}"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -104,7 +127,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def split_kernels(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     """Split the kernels of a model that is called inside the block as its batch and its parameters are."""
-    return pk.use_mesh(mesh, batch=BATCH_AXES, heads=RULES["heads"])
+    sequence = SEQUENCE_AXIS if mesh.shape[SEQUENCE_AXIS] > 1 else None
+    return pk.use_mesh(mesh, batch=BATCH_AXES, heads=RULES["heads"], sequence=sequence)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

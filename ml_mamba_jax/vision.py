@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ml_mamba_jax.config import ViTConfig
+from ml_mamba_jax.layers import Remat
 from ml_mamba_jax.typing import Images
 from ml_mamba_jax.vit import ViT
 
@@ -15,7 +16,7 @@ class VisionEncoder(nn.Module):
 
     encoders: tuple[ViTConfig, ...]
     dtype: jnp.dtype
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, images: Images) -> Float[Array, "b l c"]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+import pallas_kernels as pk
 from ml_mamba_jax.config import ViTConfig
-from ml_mamba_jax.layers import ACTIVATIONS, dense, layer_norm, stack_layers, with_axes
+from ml_mamba_jax.layers import ACTIVATIONS, Remat, dense, layer_norm, stack_layers, with_axes
 from ml_mamba_jax.typing import Pixels
 
 _xavier = nn.initializers.xavier_uniform()
@@ -23,6 +24,7 @@ class ViTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"], _: None) -> tuple[Float[Array, "b l d"], None]:
+        x = pk.keep_split(x, "b n d")
         x = x + self._scale("attention_scale", self._attention(self._norm("attention_norm")(x)))
         x = x + self._scale("mlp_scale", self._mlp(self._norm("mlp_norm")(x)))
         return x, None
@@ -35,11 +37,12 @@ class ViTBlock(nn.Module):
         batch, length, width = x.shape
         qkv = self._dense(3 * width, ("embed", "heads"), "qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, config.n_heads, -1), 2, 0)
+        q, k, v = (pk.keep_split(a, "b n h p") for a in (q, k, v))
         attended = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
         return self._dense(width, ("heads", "embed"), "attention_out")(attended)
 
     def _mlp(self, x):
-        hidden = self._dense(self.config.mlp_dim, ("embed", "mlp"), "mlp_in")(x)
+        hidden = pk.keep_split(self._dense(self.config.mlp_dim, ("embed", "mlp"), "mlp_in")(x), "b n c")
         return self._dense(x.shape[-1], ("mlp", "embed"), "mlp_out")(ACTIVATIONS[self.config.activation](hidden))
 
     def _dense(self, features: int, axes: tuple[str, str], name: str) -> nn.Dense:
@@ -57,7 +60,7 @@ class ViT(nn.Module):
 
     config: ViTConfig
     dtype: jnp.dtype
-    remat: bool = False
+    remat: Remat = False
 
     @nn.compact
     def __call__(self, pixels: Pixels) -> Float[Array, "b l d"]:
@@ -76,6 +79,7 @@ class ViT(nn.Module):
             use_bias=not config.pre_norm,
             kernel_init=_xavier,
         )(_patches(normalise(pixels, config).astype(self.dtype), config))
+        x = pk.keep_split(x, "b n d")
         x = x + self._embedding("pos_embed", config.n_patches)
         if config.n_prefix_tokens:
             prefix = self._embedding("prefix_tokens", config.n_prefix_tokens)

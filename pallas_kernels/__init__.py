@@ -12,7 +12,7 @@ from pallas_kernels.dispatch import IMPLEMENTATIONS, Explanation, Implementation
 from pallas_kernels.gated_rms_norm.api import GATED_RMS_NORM, gated_rms_norm
 from pallas_kernels.mamba2_sequence.api import MAMBA2_SEQUENCE, mamba2_sequence
 from pallas_kernels.mamba2_step.api import MAMBA2_STEP, mamba2_step
-from pallas_kernels.sharded import keep_split, use_mesh
+from pallas_kernels.sharded import keep_split, use_mesh, whole_sequences
 from pallas_kernels.ssd.api import SSD, SSD_STEP, ssd, ssd_step
 from pallas_kernels.visual_scan.api import VISUAL_SCAN, visual_scan
 from pallas_kernels.visual_scan.directions import DIRECTIONS, scan_order
@@ -53,4 +53,5 @@ __all__ = [
     "use_implementation",
     "use_mesh",
     "visual_scan",
+    "whole_sequences",
 ]

@@ -137,6 +137,17 @@ def use_mesh(
         _split.reset(token)
 
 
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+    """Keep the tokens of every kernel called inside the block on one device, for sequences that `use_mesh` is not to split."""
+    split = _split.get()
+    token = _split.set(split and dataclasses.replace(split, sequence=()))
+    try:
+        yield
+    finally:
+        _split.reset(token)
+
+
 def keep_split(a: jax.Array, axes: str) -> jax.Array:
     """`a`, whose axis letters are `axes`, which XLA is to keep split as the kernels inside `use_mesh` are.
 

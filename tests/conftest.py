@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nothing is lef
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 ACCELERATORS = ("gpu", "tpu")
+UNLESS_ASKED = (*ACCELERATORS, "full")
 
 pytest.register_assert_rewrite("tests.kernels")
 
@@ -32,8 +33,8 @@ def optimizations_disabled() -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that need an accelerator, unless `-m` names it."""
-    unasked = [name for name in ACCELERATORS if name not in config.getoption("markexpr")]
+    """Deselect the tests that need an accelerator or minutes, unless `-m` names them."""
+    unasked = [name for name in UNLESS_ASKED if name not in config.getoption("markexpr")]
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)

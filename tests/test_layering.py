@@ -45,6 +45,7 @@ HEAVY = {
     "sklearn": Heavy((DATA,), lazily=True),
     "optax": Heavy((TRAINING, "ml_mamba_jax/lora.py", "configs/", "train.py")),
     "orbax": Heavy(("ml_mamba_jax/checkpoint.py", TRAINING)),
+    "tensorboardX": Heavy((TRAINING,), lazily=True),
     "wandb": Heavy((TRAINING,), lazily=True),
     "matplotlib": Heavy((TRAINING, "examples/"), lazily=True),
     "tyro": Heavy(

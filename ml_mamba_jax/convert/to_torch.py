@@ -152,6 +152,11 @@ def _config_of(config: MLMambaConfig, form: Form, place: str) -> dict:
 
 
 def _check_parts(config: MLMambaConfig, form: Form, folder: Path) -> None:
+    if config.language is not None and config.language.lora is not None:
+        raise ConvertError(
+            f"{folder}: got a model with low-rank additions, which no form has; fold them first: "
+            f"python -m ml_mamba_jax.lora {folder} OUT"
+        )
     if form not in get_args(Form):
         raise unknown("form", form, get_args(Form))
     needed = {

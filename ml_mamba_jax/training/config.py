@@ -1,10 +1,14 @@
 """What a training run is: the schema of the recipes in `configs/`.
 
-A recipe is a value; `train.py` takes one by name and lets any field be overridden on the command line.
+A recipe is a value; `train.py` takes one by name and lets any field be overridden on the command line. A run is one stage or
+several: each has its data, its optimizer, its length, and the parts of the model that it trains.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Suppress
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.samples import Form
@@ -18,9 +22,11 @@ class DataConfig:
     folder: Path = Path("data")
     """Where prepared data sets are kept."""
     json_file: Path | None = None
-    """Records of your own, a json list in the LLaVA form. None: scenes of handwritten digits."""
+    """Records: a json list in the LLaVA form."""
     image_folder: Path | None = None
     """What the image paths in json_file are relative to. Default: the folder of json_file."""
+    digits: bool = False
+    """Without json_file: compose scenes of handwritten digits."""
     train_scenes: int = 16_000
     """Digit scenes to train on."""
     test_scenes: int = 600
@@ -45,6 +51,8 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the first moment is kept. The second stays in float32: with b2 = 0.999 it changes by less than bfloat16 resolves."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
@@ -54,8 +62,39 @@ class MeshConfig:
     """Devices along each axis; one may be -1 and takes the rest."""
 
     data: int = -1
+    """Parts of the batch."""
     fsdp: int = 1
+    """Parts of the batch, and of parameters and optimizer along the model's width: each layer is gathered when it is needed."""
     tensor: int = 1
+    """Parts of heads, inner widths and the vocabulary."""
+    sequence: int = 1
+    """Parts of the tokens that the language model reads, for long rows."""
+
+
+Part = Literal["vision", "connector", "language"]
+ALIGN: tuple[Part, ...] = ("connector",)
+FINETUNE: tuple[Part, ...] = ("connector", "language")
+FULL_FINETUNE: tuple[Part, ...] = ("vision", "connector", "language")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A piece of a run: which parts learn from which data, and for how long."""
+
+    name: Suppress[str]
+    """Begins the stage's options where a run has several: --NAME.batch-size."""
+    trains: tuple[Part, ...] = FULL_FINETUNE
+    """Parts of the model that learn. The others are frozen: they take no gradient and no memory of the optimizer."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: float = 1.0
+    """Passes over the training split. Counts where `steps` is None."""
+    steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int = 64
+    """Rows of one optimizer step, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """Parts in which a batch is taken one after the other, to save memory."""
 
 
 @dataclass(frozen=True)
@@ -65,58 +104,84 @@ class TrainConfig:
     name: str
     """Of the recipe; also the default name of the run's folder."""
     model: MLMambaConfig
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    stages: Suppress[tuple[StageConfig, ...]]
+    """One after the other, each from the parameters of the one before and with a new optimizer."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init: tuple[Path, ...] = ()
     """Folders of runs or of converted weights to start from. Each gives the parts that it holds: language, connector, encoders."""
+    from_scratch: bool = False
+    """Let the language model and the encoders start from random numbers where `init` does not give them."""
     tokenizer: str | None = None
     """A hub id, a folder or a tokenizer.json. None: that of `init`, else a byte-level BPE trained on the training text."""
-    steps: int = 1000
-    """Optimizer steps."""
-    batch_size: int = 64
-    """Rows of one optimizer step, over all devices and micro-batches."""
-    micro_batches: int = 1
-    """Parts in which a batch is taken one after the other, to save memory."""
-    remat: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    remat: Literal["none", "blocks", "projections"] = "none"
+    """Recompute in the backward pass instead of keeping: nothing, the inside of each block, or that without its projections."""
+    peak_tflops: float | None = None
+    """TFLOP/s of a device, for the model FLOPs utilisation (MFU) in the log. None: known for the usual accelerators."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a window that JAX's profiler records into the run's folder, for XProf or TensorBoard."""
     seed: int = 0
     log_every: int = 50
     """Steps between two lines of the log."""
     save_every: int = 500
-    """Steps between two checkpoints; the last step is always saved."""
+    """Steps between two checkpoints; the last step of a stage is always saved."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """Checkpoints that are kept, beside the best one of a stage that is evaluated."""
+    eval_every: int | None = None
+    """Steps between two evaluations of the stage's test split; the last step of a stage is always evaluated then. None: only the
+    finished run is, on all of its test split."""
+    eval_records: int = 256
+    """Records of an evaluation during training, spread over the test split."""
     eval_batch_size: int = 200
     """Questions answered at a time in the evaluation."""
+    writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where numbers and answers go beside the console and the JSON lines of the run's folder."""
     runs: Path = Path("runs")
     """The run's folder is made in here."""
+    dry_run: bool = False
+    """Compile the steps for simulated devices, as many as the mesh has, and print what they need and compute. Trains nothing."""
+    device_memory: float | None = None
+    """GiB of a device: a dry run is refused if what it needs is more."""
     resume: bool = False
     """Go on from the newest checkpoint of the run's folder, or start where there is none."""
 
 
 def check(config: TrainConfig) -> None:
     """Raise InputError for numbers that no run can have."""
-    at_least_one = {
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "micro_batches": config.micro_batches,
-        "log_every": config.log_every,
-        "save_every": config.save_every,
-        "keep": config.keep,
-        "eval_batch_size": config.eval_batch_size,
-        "data.max_tokens": config.data.max_tokens,
-        "data.train_scenes": config.data.train_scenes,
-        "data.test_scenes": config.data.test_scenes,
-    }
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise InputError(f"{name}: got {value}, expected at least 1")
-    if config.data.workers < 0:
-        raise InputError(f"data.workers: got {config.data.workers}, expected 0 or more")
-    if not config.optim.peak_lr > 0:
-        raise InputError(f"optim.peak_lr: got {config.optim.peak_lr}, expected more than 0")
-    if not 0 <= config.optim.warmup < 1:
-        raise InputError(f"optim.warmup: got {config.optim.warmup}, expected a part of the steps, from 0 to below 1")
+    for name in ("log_every", "save_every", "keep", "eval_batch_size", "eval_records"):
+        _check_at_least(1, name, getattr(config, name))
+    if config.eval_every is not None:
+        _check_at_least(1, "eval_every", config.eval_every)
     if Path(config.name).name != config.name or not config.name:
         raise InputError(f"name: got {config.name!r}, expected the name of a folder")
+    names = [stage.name for stage in config.stages]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"stages: got {', '.join(names) or 'none'}, expected one or several of different names")
+    for stage in config.stages:
+        _check_stage(stage, config.model, prefix=f"{stage.name}." if len(names) > 1 else "")
+
+
+def _check_stage(stage: StageConfig, model: MLMambaConfig, prefix: str) -> None:
+    present = [part for part in FULL_FINETUNE if getattr(model, part)]
+    if not stage.trains or not set(stage.trains) <= set(present):
+        raise InputError(
+            f"{prefix}trains: got {', '.join(stage.trains) or 'nothing'}, expected one or several of the model's parts: "
+            f"{', '.join(present)}"
+        )
+    numbers = {"batch_size": stage.batch_size, "micro_batches": stage.micro_batches}
+    numbers |= {"steps": stage.steps} if stage.steps is not None else {}
+    numbers |= {f"data.{name}": getattr(stage.data, name) for name in ("max_tokens", "train_scenes", "test_scenes")}
+    for name, value in numbers.items():
+        _check_at_least(1, f"{prefix}{name}", value)
+    _check_at_least(0, f"{prefix}data.workers", stage.data.workers)
+    if not stage.epochs > 0:
+        raise InputError(f"{prefix}epochs: got {stage.epochs}, expected more than 0")
+    optim = stage.optim
+    if not optim.peak_lr > 0:
+        raise InputError(f"{prefix}optim.peak_lr: got {optim.peak_lr}, expected more than 0")
+    if not 0 <= optim.warmup < 1:
+        raise InputError(f"{prefix}optim.warmup: got {optim.warmup}, expected a part of the steps, from 0 to below 1")
+
+
+def _check_at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise InputError(f"{name}: got {value}, expected at least {least}")

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ml_mamba_jax import checkpoint, serialize
+from ml_mamba_jax import checkpoint, lora, serialize
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
+from ml_mamba_jax.training.config import TrainConfig
 
 FOR_RANDOM_WEIGHTS = ("dt_range", "A_range", "embedding_std", "chunk_size")
 """Fields of a config that say nothing about parameters which exist."""
@@ -29,7 +30,9 @@ def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> 
     flat, lines = flatten_dict(params, sep="/"), []
     mine = parts(config)
     for folder in folders:
-        theirs, missing = parts(checkpoint.load_config(folder)), checkpoint.missing_encoders(folder)
+        their_config, missing = checkpoint.load_config(folder), checkpoint.missing_encoders(folder)
+        folds = bool(config.language) and config.language.lora is None  # additions of theirs into kernels of ours
+        theirs = parts(lora.without(their_config) if folds else their_config)
         shared = [name for name in theirs if name in mine and name.removeprefix("vision/") not in missing]
         if not shared:
             raise InputError(
@@ -37,12 +40,27 @@ def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> 
             )
         for name in shared:
             _check_alike(folder, name, theirs[name], mine[name])
-        found = flatten_dict(checkpoint.load_params(folder, without_encoders=True), sep="/")
+        loaded = checkpoint.load_params(folder, without_encoders=True)
+        found = flatten_dict(lora.merge(loaded, their_config)[0] if folds else loaded, sep="/")
         for path, array in found.items():
             if path.startswith(tuple(f"{name}/" for name in shared)):
                 flat[path] = jax.device_put(array.astype(flat[path].dtype), flat[path].sharding)
         lines.append(f"{', '.join(shared)} from {folder}")
     return unflatten_dict(flat, sep="/"), lines
+
+
+def check_given(config: TrainConfig) -> None:
+    """Raise InputError where the language model or an encoder would start from random numbers without being asked to."""
+    given: set[str] = set()
+    for folder in config.init:
+        missing = checkpoint.missing_encoders(folder)
+        given |= {name for name in parts(checkpoint.load_config(folder)) if name.removeprefix("vision/") not in missing}
+    random = [name for name in parts(config.model) if name != "connector" and name not in given]
+    if random and not config.from_scratch:
+        raise InputError(
+            f"init: got no weights for {', '.join(random)}, expected folders that hold them: pass --init FOLDER ... with "
+            "converted weights or runs (convert_torch.py makes them), or --from-scratch to train them from random numbers"
+        )
 
 
 def tokenizer_of(folders: Sequence[Path]) -> Path | None:
@@ -68,6 +86,8 @@ def _check_alike(folder: Path, name: str, theirs: Any, mine: Any) -> None:
 
 def _is_for_random_weights(line: str, theirs: Any, mine: Any) -> bool:
     field = line.split(":")[0].split(".")
+    if field[-1] in ("lora_rank", "lora_alpha"):  # kernels without additions fit a model that begins with some
+        return theirs.lora is None
     if field[-1] == "layer_scale":  # whether there is one matters, its initial value does not
         return (theirs.layer_scale is None) == (mine.layer_scale is None)
     return any(part in FOR_RANDOM_WEIGHTS for part in field)

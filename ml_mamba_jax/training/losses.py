@@ -7,6 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.training.stages import join
 
 
 def target_losses(model: MLMamba, params: dict, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -43,15 +44,17 @@ def _packed_losses(model: MLMamba, variables: dict, batch) -> tuple[Float[Array,
     return jnp.sum(losses * weights), jnp.sum(weights)
 
 
-def mean_loss_and_gradient(model: MLMamba, params: dict, batch, micro_batches: int = 1):
-    """The mean loss over the target tokens of the batch, its gradient, and the number of targets.
+def mean_loss_and_gradient(model: MLMamba, params: dict, batch, micro_batches: int = 1, frozen: dict | None = None):
+    """The mean loss over the target tokens of the batch, its gradient by `params`, and the number of targets.
+
+    `frozen` are the parameters of the model that are not among `params`: nothing is computed for a gradient by them.
 
     With `micro_batches` > 1 the rows are taken in that many parts one after the other, in the memory of one: the result is that of
     the whole batch, whatever the number of targets in each part.
     """
 
     def loss_sum(params, part):
-        return target_losses(model, params, part)
+        return target_losses(model, join(params, frozen or {}), part)
 
     if micro_batches == 1:
         (loss, count), gradient = jax.value_and_grad(loss_sum, has_aux=True)(params, batch)

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ml_mamba_jax.serialize import write_text
 
@@ -18,7 +18,7 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
@@ -39,34 +39,64 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-class Progress:
-    """A progress bar on a terminal, a line every `log_every` steps elsewhere: loss, tokens per second, time left."""
+class Work(NamedTuple):
+    """What a step did. `seconds` of wall time, of which `waited` for its batch; `tokens` of text and images, without padding;
+    `flops` of the model for these, see `ml_mamba_jax.training.flops`."""
 
-    def __init__(self, first_step: int, steps: int, log_every: int):
-        self._first, self._steps, self._log_every = first_step, steps, log_every
+    seconds: float
+    waited: float
+    tokens: int
+    flops: int
+
+
+INPUT_BOUND = 0.2
+"""Part of the time from which on waiting for data is called out."""
+
+
+class Progress:
+    """A progress bar on a terminal, a line every `log_every` steps elsewhere: loss, tokens per second, MFU, time left.
+
+    Speeds are those since the last line. `peak`: FLOP/s of all devices together, None if not known.
+    """
+
+    def __init__(self, first_step: int, steps: int, log_every: int, peak: float | None = None):
+        self._first, self._steps, self._log_every, self._peak = first_step, steps, log_every, peak
         self._start = time.perf_counter()
-        self._tokens, self._losses = 0, []
+        self._losses: list[float] = []
+        self._work: list[Work] = []
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def update(self, step: int, loss: float, tokens: int) -> None:
-        """Report that optimizer step number `step` is done, with its loss and the tokens it read."""
-        self._tokens += tokens
+    def update(self, step: int, loss: float, work: Work) -> None:
+        """Report that optimizer step number `step` of the run is done."""
         self._losses.append(loss)
-        seconds = time.perf_counter() - self._start
-        speed = self._tokens / seconds
+        self._work.append(work)
+        due = step % self._log_every == 0 or step == self._steps
         if self._bar is not None:
             recent = self._losses[-20:]
-            self._bar.set_postfix_str(f"loss {sum(recent) / len(recent):.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(
+                f"loss {sum(recent) / len(recent):.4f}, {', '.join(self._speed())}", refresh=False
+            )
             self._bar.update()
-        elif step % self._log_every == 0 or step == self._steps:
-            left = seconds / (step - self._first) * (self._steps - step)
+        elif due:
+            left = (time.perf_counter() - self._start) / (step - self._first) * (self._steps - step)
             mean = sum(self._losses) / len(self._losses)
-            self._losses = []
-            print(f"step {step}/{self._steps}  loss {mean:.4f}  {speed:,.0f} tokens/s  {_clock(left)} left", flush=True)
+            line = [f"step {step}/{self._steps}", f"loss {mean:.4f}", *self._speed(), f"{_clock(left)} left"]
+            print("  ".join(line), flush=True)
+        if due:
+            self._losses, self._work = [], []
+
+    def _speed(self) -> list[str]:
+        seconds, waited, tokens, flops = (sum(values) for values in zip(*self._work, strict=True))
+        words = [f"{tokens / seconds:,.0f} tokens/s"]
+        if self._peak is not None:
+            words.append(f"MFU {flops / seconds / self._peak:.1%}")
+        if waited > INPUT_BOUND * seconds:
+            words.append(f"waits for data {waited / seconds:.0%} of the time: raise data.workers")
+        return words
 
     def close(self) -> None:
         if self._bar is not None:

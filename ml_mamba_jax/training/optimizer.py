@@ -1,7 +1,7 @@
 """AdamW with warm-up and cosine decay, as ML-Mamba is trained (arXiv 2407.19832, table 1)."""
 
-import jax
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.sharding import STACKING_AXES, logical_axes
@@ -15,12 +15,16 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, model: MLMamba, steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW whose weight decay spares one-dimensional parameters (biases, norms, A, D, dt)."""
+    """Clip by the global norm, then AdamW whose weight decay spares one-dimensional parameters (biases, norms, A, D, dt).
 
-    def decays(axes) -> bool:
-        return sum(axis not in STACKING_AXES for axis in axes) > 1
+    For all parameters of the model, or those of some parts.
+    """
+    axes = flatten_dict(logical_axes(model))
 
-    mask = jax.tree.map(decays, logical_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    def decays(params: dict) -> dict:
+        counts = {path: sum(axis not in STACKING_AXES for axis in axes[path]) for path in flatten_dict(params)}
+        return unflatten_dict({path: count > 1 for path, count in counts.items()})
+
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -29,6 +33,7 @@ def make_optimizer(config: OptimConfig, model: MLMamba, steps: int) -> optax.Gra
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=mask,
+            mu_dtype=config.mu_dtype,
+            mask=decays,
         ),
     )

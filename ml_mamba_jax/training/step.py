@@ -1,4 +1,4 @@
-"""The state of a run on the devices, and the step that advances it."""
+"""The state of a stage on the devices, and the step that advances it."""
 
 from typing import NamedTuple
 
@@ -11,47 +11,78 @@ from jaxtyping import Int
 
 from ml_mamba_jax import sharding
 from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.training.config import StageConfig, TrainConfig
 from ml_mamba_jax.training.losses import mean_loss_and_gradient
+from ml_mamba_jax.training.stages import split
 
 
 class TrainState(NamedTuple):
-    """`step`: optimizer steps done, int32."""
+    """What a step changes. `step`: optimizer steps of the stage, int32; `params`: those that the stage trains."""
 
     step: Int[Array, ""]
     params: dict
     optimizer: optax.OptState
 
 
-def init_state(model: MLMamba, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    params = model.init(key, **model.dummy_inputs())["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+REMAT = {"none": False, "blocks": True, "projections": "projections"}
 
 
-def abstract_state(model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a state. Moments of the optimizer lie where their parameters lie."""
-    abstract = jax.eval_shape(lambda: init_state(model, optimizer, jax.random.key(0)))
-    params = sharding.param_shardings(model, mesh)
+def make_model(config: TrainConfig) -> MLMamba:
+    return MLMamba(config.model, remat=REMAT[config.remat])
+
+
+def init_params(model: MLMamba, mesh: Mesh, seed: int) -> dict:
+    """Random parameters of all parts, each made where it will live."""
+    place = sharding.param_shardings(model, mesh)
+    return jax.jit(lambda key: model.init(key, **model.dummy_inputs())["params"], out_shardings=place)(
+        jax.random.key(seed)
+    )
+
+
+def abstract_params(model: MLMamba, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of all parameters."""
+    shapes, place = model.param_shapes(), sharding.param_shardings(model, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, place)
+
+
+def abstract_state(optimizer: optax.GradientTransformation, params: dict, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a state that trains `params`: abstract ones, or arrays.
+
+    Moments of the optimizer lie where their parameters lie.
+    """
+    abstract = jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
+    place = jax.tree.map(lambda a: a.sharding, params)
     everywhere = sharding.replicated(mesh)
     placed = optax.tree_map_params(
-        optimizer, lambda _, s: s, abstract.optimizer, params, transform_non_params=lambda _: everywhere
+        optimizer, lambda _, s: s, abstract.optimizer, place, transform_non_params=lambda _: everywhere
     )
-    shardings = TrainState(everywhere, params, placed)
+    shardings = TrainState(everywhere, place, placed)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
 
 
-def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh, micro_batches: int = 1):
-    """A jitted function (state, batch) -> (state, metrics) that takes the old state's memory.
+def first_state(optimizer: optax.GradientTransformation, params: dict, mesh: Mesh) -> TrainState:
+    """The state before the first step that trains `params`; takes them as they are."""
+    target = abstract_state(optimizer, params, mesh)
+    moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda a: a.sharding, target.optimizer))(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), target.step.sharding), params, moments)
 
-    A loss or gradient that is not finite leaves the state as it was.
+
+def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh, stage: StageConfig):
+    """A jitted function (state, frozen, batch) -> (state, metrics) that takes the old state's memory.
+
+    `frozen` are the parameters that the stage does not train. A loss or gradient that is not finite leaves the state as it was.
 
     Metrics are float32 scalars: `loss`, the mean over target tokens; `gradient_norm` before clipping; `targets`, their number;
     `finite`, whether loss and gradient are.
     """
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, optimizer, mesh))
+    trained, frozen = split(abstract_params(model, mesh), stage)
+    shardings = jax.tree.map(lambda a: a.sharding, (abstract_state(optimizer, trained, mesh), frozen))
 
-    def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(state: TrainState, frozen: dict, batch) -> tuple[TrainState, dict[str, Array]]:
         with sharding.split_kernels(mesh):
-            loss, gradient, targets = mean_loss_and_gradient(model, state.params, batch, micro_batches)
+            loss, gradient, targets = mean_loss_and_gradient(
+                model, state.params, batch, stage.micro_batches, frozen=frozen
+            )
         norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         following = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
@@ -62,7 +93,7 @@ def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mes
 
     return jax.jit(
         train_step,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
+        in_shardings=(*shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings[0], sharding.replicated(mesh)),
         donate_argnums=0,
     )

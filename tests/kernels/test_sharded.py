@@ -150,6 +150,20 @@ def test_what_lies_between_is_kept_split():
 # Who runs.
 
 
+def test_some_sequences_stay_whole_where_others_are_split():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 8)), jnp.float32)
+    norm = functools.partial(pk.gated_rms_norm, x, x, jnp.ones(8), eps=1e-5)
+    with pk.use_mesh(mesh_of(data=2, sequence=2), batch="data", sequence="sequence"):
+        with pytest.raises(ValueError, match="got 7 tokens, expected a multiple of 2"):
+            norm()
+        with pk.whole_sequences():
+            assert sharded.current().over("l") == () and sharded.current().over("b") == ("data",)
+            np.testing.assert_allclose(norm(), pk.gated_rms_norm(x, x, jnp.ones(8), eps=1e-5), atol=1e-6)
+        assert sharded.current().over("l") == ("sequence",)
+    with pk.whole_sequences():
+        assert sharded.current() is None
+
+
 def test_hand_written_kernels_are_chosen_for_a_part_only(monkeypatch):
     device = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="Some GPU")
     mesh = mesh_of(data=4, tensor=2)

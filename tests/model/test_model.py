@@ -149,10 +149,11 @@ def test_every_parameter_of_every_layer_learns_and_remat_changes_nothing():
         for i, layer in enumerate(layers):
             assert np.abs(layer).max() > 1e-7, f"{name}, layer {i}: the gradient is zero"
 
-    again, regrads = loss_and_gradient(params(), MLMamba(MODEL.config, remat=True), text, images)
-    np.testing.assert_allclose(again, value, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(regrads), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
+    for remat in (True, "projections"):
+        again, regrads = loss_and_gradient(params(), MLMamba(MODEL.config, remat=remat), text, images)
+        np.testing.assert_allclose(again, value, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(regrads), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_gradient_is_the_slope_of_the_loss():

@@ -12,10 +12,10 @@ import pytest
 from ml_mamba_jax import sharding
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
-from ml_mamba_jax.training.config import OptimConfig
+from ml_mamba_jax.training.config import OptimConfig, StageConfig
 from ml_mamba_jax.training.losses import mean_loss_and_gradient
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
-from ml_mamba_jax.training.step import abstract_state, init_state, make_train_step
+from ml_mamba_jax.training.step import abstract_params, abstract_state, first_state, init_params, make_train_step
 from tests import tiny_model
 from tests.training.test_losses import make_batch
 
@@ -24,15 +24,18 @@ CONFIG = OptimConfig(peak_lr=1e-2, warmup=0.2, weight_decay=0.5, clip_norm=0.1)
 STEPS = 10
 
 
-def take_steps(sizes: tuple[int, int, int], n: int, batch, micro_batches: int = 1, devices=None):
+def stage(**changes) -> StageConfig:
+    return StageConfig("all", optim=CONFIG, steps=STEPS, **changes)
+
+
+def take_steps(sizes: tuple[int, ...], n: int, batch, micro_batches: int = 1, devices=None):
     mesh = sharding.make_mesh(*sizes, devices=devices)
     optimizer = make_optimizer(CONFIG, MODEL, STEPS)
-    place = jax.tree.map(lambda a: a.sharding, abstract_state(MODEL, optimizer, mesh))
-    state = jax.device_put(init_state(MODEL, optimizer, jax.random.key(0)), place)
-    train_step = make_train_step(MODEL, optimizer, mesh, micro_batches)
+    state = first_state(optimizer, init_params(MODEL, mesh, 0), mesh)
+    train_step = make_train_step(MODEL, optimizer, mesh, stage(micro_batches=micro_batches))
     losses = []
     for _ in range(n):
-        state, metrics = train_step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        state, metrics = train_step(state, {}, jax.device_put(batch, sharding.batch_sharding(mesh)))
         losses.append(float(metrics["loss"]))
     return state, losses, metrics
 
@@ -71,9 +74,9 @@ def test_a_step_is_clipped_adamw_that_spares_one_dimensional_parameters():
     assert int(state.step) == 2
 
 
-@pytest.mark.parametrize("sizes, micro_batches", [((8, 1, 1), 1), ((2, 2, 2), 1), ((1, 4, 2), 1), ((2, 1, 1), 4)])
+@pytest.mark.parametrize("sizes, micro_batches", [((8, 1, 1), 1), ((1, 2, 2, 2), 1), ((1, 4, 2), 1), ((2, 1, 1), 4)])
 def test_eight_devices_take_the_steps_of_one(sizes, micro_batches):
-    batch = make_batch(8)
+    batch = make_batch(8, length=10)  # 26 tokens with the image
     _, one, _ = take_steps((1, 1, 1), 4, batch, devices=jax.devices()[:1])
     devices = jax.devices()[: int(np.prod(sizes))]
     state, many, _ = take_steps(sizes, 4, batch, micro_batches, devices)
@@ -85,13 +88,58 @@ def test_eight_devices_take_the_steps_of_one(sizes, micro_batches):
     assert moments.sharding == kernel.sharding
 
 
+def test_the_first_moment_may_be_kept_in_bfloat16():
+    """Half of its memory; the parameters stay in float32 and learn as well."""
+    language = dataclasses.replace(MODEL.config.language, n_layers=1)
+    model = MLMamba(dataclasses.replace(MODEL.config, vision=(), connector=None, language=language))
+    mesh, batch = sharding.make_mesh(devices=jax.devices()[:1]), make_batch(8)._replace(images={}, image_mask=None)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(dataclasses.replace(CONFIG, mu_dtype=dtype), model, STEPS)
+        state = first_state(optimizer, init_params(model, mesh, 0), mesh)
+        step = make_train_step(model, optimizer, mesh, stage(trains=("language",)))
+        for _ in range(4):
+            state, metrics = step(state, {}, batch)
+        losses[dtype] = float(metrics["loss"])
+        kinds = [
+            {a.dtype for a in jax.tree.leaves(optax.tree_utils.tree_get(state.optimizer, m))} for m in ("mu", "nu")
+        ]
+        assert kinds == [{jnp.dtype(dtype)}, {jnp.dtype("float32")}]
+        assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
+    assert losses["bfloat16"] != losses["float32"]
+
+
+def test_bfloat16_computes_on_parameters_in_float32():
+    """Products with weights are in bfloat16; parameters, moments and loss are in float32, and so is what they learn from."""
+    language = dataclasses.replace(MODEL.config.language, n_layers=1)
+    config = dataclasses.replace(MODEL.config, vision=(), connector=None, language=language)
+    mesh, batch = sharding.make_mesh(devices=jax.devices()[:1]), make_batch(8)._replace(images={}, image_mask=None)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        model = MLMamba(config.replace(dtype=dtype))
+        optimizer = make_optimizer(CONFIG, model, STEPS)
+        state = first_state(optimizer, init_params(model, mesh, 0), mesh)
+        step = make_train_step(model, optimizer, mesh, stage(trains=("language",)))
+        products = re.findall(r"dot_general .*: \(tensor<[\dx]*(\w+)>", step.lower(state, {}, batch).as_text())
+        assert products.count("bf16") >= (9 if dtype == "bfloat16" else 0)  # of in_proj, out_proj and the head
+        losses[dtype] = []
+        for _ in range(3):
+            state, metrics = step(state, {}, batch)
+            losses[dtype].append(float(metrics["loss"]))
+        arrays = (state.params, optax.tree_utils.tree_get(state.optimizer, "mu"))
+        assert {a.dtype for a in jax.tree.leaves(arrays)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+
+
 def test_weights_are_gathered_and_no_activations():
     """With the parameters split over all devices each mixer gathers its weights; the kernels run where their rows are."""
     language = dataclasses.replace(MODEL.config.language, n_layers=1)
     model = MLMamba(dataclasses.replace(MODEL.config, vision=(), connector=None, language=language))
     mesh, optimizer = sharding.make_mesh(1, 8, 1), make_optimizer(CONFIG, model, STEPS)
     batch = make_batch(8)._replace(images=None, image_mask=None)
-    step = make_train_step(model, optimizer, mesh).lower(abstract_state(model, optimizer, mesh), batch)
+    state = abstract_state(optimizer, abstract_params(model, mesh), mesh)
+    step = make_train_step(model, optimizer, mesh, stage(trains=("language",))).lower(state, {}, batch)
     text = step.compile().as_text()
     gathered = {
         tuple(map(int, shape.split(","))) for shape in re.findall(r"= \(?f32\[([\d,]+)\]\S* all-gather\(", text)
@@ -105,11 +153,10 @@ def test_weights_are_gathered_and_no_activations():
 def test_a_step_with_nan_leaves_the_state_as_it_was():
     mesh = sharding.make_mesh()
     optimizer = make_optimizer(CONFIG, MODEL, STEPS)
-    state = init_state(MODEL, optimizer, jax.random.key(0))
+    state = first_state(optimizer, init_params(MODEL, mesh, 0), mesh)
     state.params["language"]["norm"]["scale"] = state.params["language"]["norm"]["scale"].at[3].set(jnp.nan)
     before = jax.tree.map(np.asarray, state)
-    place = jax.tree.map(lambda a: a.sharding, abstract_state(MODEL, optimizer, mesh))
-    after, metrics = make_train_step(MODEL, optimizer, mesh)(jax.device_put(state, place), make_batch(8))
+    after, metrics = make_train_step(MODEL, optimizer, mesh, stage())(state, {}, make_batch(8))
     assert metrics["finite"] == 0
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), before, after)
 

@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from configs import PRESETS
 from ml_mamba_jax import checkpoint, generate, load
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.tokenizer import Tokenizer
+from ml_mamba_jax.training.inputs import open_tokenizer
 from tests.test_docs import BLOCK, NEEDS_RUN
 
 ROOT = Path(__file__).parents[2]
@@ -151,12 +151,12 @@ def test_the_tokenizer_of_a_recipe_knows_the_end_of_its_prompt_format(tmp_path):
     pure = PRESETS["digits-vqa"]
     pure = dataclasses.replace(pure, model=pure.model.replace(prompt_format="pure"))
     records = [Record("r", None, (Turn("human", "Which digit?"), Turn("gpt", "7")))] * 9
-    tokenizer = train.open_tokenizer(pure, tmp_path, records, 0)
+    tokenizer = open_tokenizer(pure, tmp_path, records, 0)
     assert tokenizer.encode("7</s>")[1:] == [tokenizer.end_id("pure")] != [tokenizer.eos_id]
     assert len(tokenizer.encode("In: Which digit?\nOut: ")) < 12, "it was trained on text in that format"
     Tokenizer.train([], 257).save(tmp_path)
     with pytest.raises(InputError, match="got a vocabulary without </s>"):
-        train.open_tokenizer(dataclasses.replace(pure, tokenizer=str(tmp_path)), tmp_path, records, 0)
+        open_tokenizer(dataclasses.replace(pure, tokenizer=str(tmp_path)), tmp_path, records, 0)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,8 @@ def test_the_tokenizer_of_a_recipe_knows_the_end_of_its_prompt_format(tmp_path):
         (["--name", "b", "--data.form", "caption"], 2, "got 4 turns, expected a human turn and a caption"),
         (["--name", "b", "--data.json-file", "nowhere.json"], 2, "nowhere.json: found no such file"),
         (["--name", "b", "--tokenizer", "./nowhere.json"], 2, "tokenizer: found no"),
+        (["--name", "b", "--data.no-digits"], 2, "data.json_file: got none, expected records to learn from"),
+        (["--name", "b", "--no-from-scratch"], 2, "init: got no weights for language, vision/dinov2, vision/siglip"),
     ],
 )
 def test_wrong_input_is_one_line(straight, options, code, message):
@@ -186,13 +188,13 @@ def test_wrong_input_is_one_line(straight, options, code, message):
 def test_unknown_names_get_a_suggestion(tmp_path):
     done = run(tmp_path, preset="digit-vqa")
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: unknown preset 'digit-vqa'; did you mean 'digits-vqa'? (known: digits-vqa)"
+    assert done.stderr.startswith("error: unknown preset 'digit-vqa'; did you mean 'digits-vqa'? (known: digits-vqa, ")
     done = run(tmp_path, "--optim.peek-lr", "1")
     assert done.returncode == 2
     assert done.stderr.startswith("error: Unrecognized options: --optim.peek-lr, 1; did you mean --optim.peak-lr")
     assert done.stderr.count("\n") == 1
     done = run(tmp_path, "--steps", "many")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Error parsing --steps: invalid literal")
+    assert done.stderr.startswith("error: Error parsing --steps: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()

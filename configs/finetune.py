@@ -1,0 +1,27 @@
+"""Go on training a converted or trained ML-Mamba on records of your own.
+
+    python train.py finetune --init converted/ml-mamba-3b --data.json-file chat.json --data.image-folder images
+
+Connector and language model learn, the encoders are frozen (`--trains connector` for less, `--trains vision connector
+language` for all). For a model of another size or make name its own: `--model ...`; fields that differ are listed when it starts.
+"""
+
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.training.config import FINETUNE, DataConfig, OptimConfig, StageConfig, TrainConfig
+
+RECIPE = TrainConfig(
+    name="finetune",
+    model=MLMambaConfig.named("ml-mamba-3b"),
+    stages=(
+        StageConfig(
+            name="finetune",
+            trains=FINETUNE,
+            data=DataConfig(max_tokens=2048),
+            optim=OptimConfig(peak_lr=2e-5, weight_decay=0.1),
+            epochs=1.0,
+            batch_size=64,
+        ),
+    ),
+    remat="blocks",
+    eval_batch_size=16,
+)

@@ -1,0 +1,74 @@
+"""What a run reads: records, the tokenizer, and batches of both."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.data import builders
+from ml_mamba_jax.data.loader import batches
+from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.data.samples import Batch
+from ml_mamba_jax.data.source import RecordSource
+from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.prompt import render
+from ml_mamba_jax.tokenizer import Tokenizer
+from ml_mamba_jax.training.config import DataConfig, StageConfig, TrainConfig
+from ml_mamba_jax.training.initial import tokenizer_of
+
+TOKENIZER_RECORDS = 4000
+"""Records, spread over the training split, that a tokenizer is trained on."""
+
+
+def open_data(data: DataConfig) -> dict[str, RecordSource]:
+    """The splits of the data set, prepared on disk if they were not: "train", and "test" where there is one."""
+    if data.json_file is None and not data.digits:
+        raise InputError("data.json_file: got none, expected records to learn from; pass --data.json-file FILE")
+    if data.json_file is None:
+        builder = builders.prepare_digits(data.folder, data.train_scenes, data.test_scenes)
+    else:
+        builder = builders.prepare_llava(data.folder, data.json_file, data.image_folder or data.json_file.parent)
+    return {split: RecordSource(builder, split) for split in builder.info.splits}
+
+
+def open_tokenizer(config: TrainConfig, folder: Path, source: Sequence[Record], resumed_step: int) -> Tokenizer:
+    """The recipe's tokenizer, or one trained on the training text; a resumed run keeps its own."""
+    vocab_size, prompt_format = config.model.language.vocab_size, config.model.prompt_format
+    if resumed_step:
+        return Tokenizer.from_pretrained(folder)
+    if source_of_tokenizer := config.tokenizer or tokenizer_of(config.init):
+        tokenizer = Tokenizer.from_pretrained(source_of_tokenizer)
+    else:
+        records = (source[i] for i in range(0, len(source), -(-len(source) // TOKENIZER_RECORDS)))
+        texts = (piece.text for record in records for piece in render(record.turns, prompt_format))
+        tokenizer = Tokenizer.train(texts, vocab_size, prompt_format)
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"tokenizer: got {tokenizer.vocab_size} entries, expected at most the model's {vocab_size}; "
+            f"pass --model.language.vocab-size {tokenizer.vocab_size}"
+        )
+    tokenizer.end_id(prompt_format)  # only for its check
+    return tokenizer
+
+
+def open_batches(
+    stage: StageConfig,
+    model: MLMambaConfig,
+    source: RecordSource,
+    tokenizer: Tokenizer,
+    seed: int,
+    first: int,
+    last: int,
+) -> Iterator[Batch]:
+    """Batches number `first` to `last - 1` of a stage. Close it when done."""
+    return batches(
+        source,
+        tokenizer,
+        model,
+        batch_size=stage.batch_size,
+        max_tokens=stage.data.max_tokens,
+        seed=seed,
+        first=first,
+        last=last,
+        form=stage.data.form,
+        workers=stage.data.workers,
+    )
