@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,11 +90,10 @@ def main() -> None:
 
 def make_data(folder: Path, n_records: int, tokenizer: Path | None) -> Path:
     """Write a json list and a folder of images; returns a tokenizer.json."""
-    import sklearn.datasets
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    photos = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
+    photos = [resources.files("sklearn.datasets.images") / name for name in ("china.jpg", "flower.jpg")]
     (folder / "images").mkdir()
     for i in range(N_IMAGES):
         with Image.open(photos[i % len(photos)]) as photo:

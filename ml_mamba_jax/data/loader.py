@@ -77,9 +77,9 @@ def batches(
     *,
     batch_size: int,
     max_tokens: int,
-    seed: int,
     first: int,
     last: int,
+    seed: int = 0,
     form: Form = "chat",
     workers: int = 0,
     order: Order | None = None,
@@ -91,7 +91,7 @@ def batches(
     Args:
         batch_size, max_tokens, seed, form: as of `make_order`.
         workers: processes that decode and tokenise; 0 uses threads of this one.
-        order: what `make_order` gave. Default: a random one.
+        order: what `make_order` gave. Default: a random one of the seed.
         max_bad: the part of the records that may be unusable. Such a record is told of on stderr, and there is nothing to learn
             where it would have stood. 0 refuses the first.
         part: (i, n) for the i-th of n processes, which gets the i-th n-th of the rows of each batch.
@@ -214,11 +214,10 @@ class BatchStream(Iterator[Batch]):
         """End the threads and processes."""
         if not self._closed.is_set():
             self._closed.set()
+            # grain wants no other thread in its iterator, but one may be stuck there.
+            self._reader.join(timeout=CLOSING)
             with contextlib.suppress(queue.Empty):
                 self._queue.get_nowait()
-            self._reader.join(
-                timeout=CLOSING
-            )  # grain wants no other thread in its iterator, but one may be stuck there
             self._iterator.close()
             self._iterator = None  # or it might be closed again when Python ends, which grain does not survive
 
@@ -240,6 +239,8 @@ class BatchStream(Iterator[Batch]):
         try:
             for loaded in iterator:
                 self._put(loaded)
+                if self._closed.is_set():
+                    return
             self._put(None)
         except BaseException as error:
             self._put(error)

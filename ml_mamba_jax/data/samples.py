@@ -177,12 +177,16 @@ def collate_packed(
     return Batch(tokens, is_target, lengths, images, None, segment_ids, starts)
 
 
+def n_images(batch: Batch) -> int:
+    """Images in a batch, without the black ones that fill up."""
+    if not batch.images:
+        return 0
+    if batch.image_starts is not None:
+        return int((batch.image_starts >= 0).sum())
+    with_record = batch.lengths > 0
+    return int((with_record if batch.image_mask is None else with_record & batch.image_mask).sum())
+
+
 def n_positions(batch: Batch, config: MLMambaConfig) -> int:
     """Tokens that a batch makes a model read, visual ones and text, without padding."""
-    if batch.image_starts is not None:
-        n_images = int((batch.image_starts >= 0).sum())
-    elif not batch.images:
-        n_images = 0
-    else:
-        n_images = len(batch.lengths) if batch.image_mask is None else int(batch.image_mask.sum())
-    return int(batch.lengths.sum()) + n_images * config.n_visual_tokens
+    return int(batch.lengths.sum()) + n_images(batch) * config.n_visual_tokens

@@ -24,14 +24,8 @@ class RecordSource(Sequence[Record]):
         Raises:
             InputError: no data set there, none of that split, or shards that are missing or cut off.
         """
-        import tensorflow_datasets as tfds
-
-        if not (folder / "dataset_info.json").is_file():
-            raise InputError(
-                f"{folder}: found no dataset_info.json, expected a prepared data set (python -m ml_mamba_jax.data.prepare)"
-            )
+        builder = _builder(folder)
         check_contents(folder)
-        builder = tfds.builder_from_directory(folder)
         if split not in builder.info.splits:
             raise InputError(f"{folder}: got no split {split!r}, expected one of {', '.join(builder.info.splits)}")
         return cls(builder, split)
@@ -55,3 +49,18 @@ class RecordSource(Sequence[Record]):
 
     def __repr__(self) -> str:
         return f"RecordSource({self._name}, {len(self)} records)"
+
+
+def splits_of(folder: Path) -> list[str]:
+    """The names of the splits of a prepared data set. Raises InputError where there is none."""
+    return list(_builder(folder).info.splits)
+
+
+def _builder(folder: Path):
+    import tensorflow_datasets as tfds
+
+    if not (folder / "dataset_info.json").is_file():
+        raise InputError(
+            f"{folder}: found no dataset_info.json, expected a prepared data set (python -m ml_mamba_jax.data.prepare)"
+        )
+    return tfds.builder_from_directory(folder)

@@ -160,7 +160,7 @@ def test_every_image_file_is_read_once(llava, monkeypatch):
     assert sorted(name for name in files if not name.endswith(".json")) == ["blue.jpg", "red.png"]
 
 
-def test_all_unusable_records_are_listed_and_nothing_is_left_behind(llava):
+def test_all_unusable_records_are_listed_and_no_data_set_is_there(llava):
     tmp_path, entries = llava
     (tmp_path / "images" / "blue.jpg").write_bytes((tmp_path / "images" / "blue.jpg").read_bytes()[:200])
     entries[0]["image"] = "gone.png"
@@ -175,7 +175,11 @@ def test_all_unusable_records_are_listed_and_nothing_is_left_behind(llava):
         "chat.json[3]: conversations: got an empty",
     ):
         assert part in message
-    assert not list((tmp_path / "data").rglob("*.array_record*"))
+    assert {path.name for path in (tmp_path / "data").rglob("*") if path.is_dir()} == {
+        "llava_folder",
+        next((tmp_path / "data" / "llava_folder").iterdir()).name,
+        ".1.0.0.partial",
+    }
 
 
 def test_what_is_no_list_of_records_is_refused(llava):
