@@ -42,7 +42,7 @@ test: $(stamps)/test$(suffix) ## run the tests
 	@$(bin)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
 test-full: $(stamps)/test$(suffix) ## run the tests that take minutes too
-	@$(bin)/python -m pytest -m "full or not (gpu or tpu)" -n logical --maxprocesses 4 $(PYTEST_ARGS)
+	@$(bin)/python -m pytest -m "full or not full" -n logical --maxprocesses 4 $(PYTEST_ARGS)
 
 test-gpu: $(stamps)/test$(suffix) ## run the tests that need a CUDA device (with ACCELERATOR=cuda13)
 	@$(bin)/python -m pytest -m gpu $(PYTEST_ARGS)

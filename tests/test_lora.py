@@ -96,8 +96,8 @@ def test_additions_alone_are_trained(params):
 def test_kernels_cost_no_gradient(params):
     batch, tokens = text_batch(), 8 * 9
 
-    def traced(trained, frozen) -> float:
-        return traced_flops(lambda p, f: mean_loss_and_gradient(MODEL, p, batch, frozen=f)[1], trained, frozen)
+    def traced(trained, frozen, model=MODEL) -> float:
+        return traced_flops(lambda p, f: mean_loss_and_gradient(model, p, batch, frozen=f)[1], trained, frozen)
 
     cost, mixer = model_cost(CONFIG), CONFIG.language.mixer
     saved = traced(params, {}) - traced(*split(params, STAGE))
@@ -106,6 +106,9 @@ def test_kernels_cost_no_gradient(params):
     assert saved == kernels, "of the language model's kernels; the head reads all tokens but the first"
     assert cost.lora.weights == 2 * 2 * 3 * (96 + 454 + 192 + 96)
     assert step_flops(CONFIG, STAGE, 0, tokens) < step_flops(BASE, STAGE, 0, tokens)
+    wider = CONFIG.replace(language=dataclasses.replace(CONFIG.language, lora_rank=6))
+    more = traced(*split(MLMamba(wider).param_shapes(), STAGE), MLMamba(wider)) - traced(*split(params, STAGE))
+    assert more == step_flops(wider, STAGE, 0, tokens) - step_flops(CONFIG, STAGE, 0, tokens) > 0
 
 
 def saved(folder, config: MLMambaConfig, params: dict):

@@ -162,6 +162,13 @@ def check(config: TrainConfig) -> None:
         _check_at_least(1, name, getattr(config, name))
     if config.eval_every is not None:
         _check_at_least(1, "eval_every", config.eval_every)
+    if config.profile is not None and not 1 <= config.profile[0] <= config.profile[1]:
+        raise InputError(
+            f"profile: got steps {config.profile[0]} to {config.profile[1]}, expected two steps in order, from 1"
+        )
+    for name in ("device_memory", "peak_tflops"):
+        if (value := getattr(config, name)) is not None and not value > 0:
+            raise InputError(f"{name}: got {value}, expected more than 0")
     if Path(config.name).name != config.name or not config.name:
         raise InputError(f"name: got {config.name!r}, expected the name of a folder")
     names = [stage.name for stage in config.stages]

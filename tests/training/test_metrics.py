@@ -108,6 +108,7 @@ def test_work_counts_no_padding():
     [
         *[("steps", 0), ("batch_size", -1), ("name", "a/b"), ("name", ""), ("epochs", 0.0), ("micro_batches", 0)],
         *[("data.train_scenes", 0), ("data.test_scenes", 0), ("data.workers", -1), ("data.max_tokens", 0)],
+        *[("profile", (3, 2)), ("device_memory", 0.0), ("peak_tflops", -1.0), ("eval_every", 0), ("eval_records", 0)],
         *[("trains", ()), ("optim.peak_lr", 0.0), ("optim.warmup", 1.0), ("stages", ())],
     ],
 )
