@@ -21,8 +21,8 @@ from ml_mamba_jax.data.parallel import default_workers, spread
 from ml_mamba_jax.data.progress import progress
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.data.samples import Form, check_form, has_target
-from ml_mamba_jax.data.shards import SPLIT, image_path
-from ml_mamba_jax.data.source import RecordSource
+from ml_mamba_jax.data.shards import TRAIN, image_path
+from ml_mamba_jax.data.source import RecordSource, splits_of
 from ml_mamba_jax.errors import InputError, one_line_errors
 from ml_mamba_jax.image import check_image, check_image_ends, read_file
 from ml_mamba_jax.prompt import IMAGE_MARK, render
@@ -59,6 +59,7 @@ class Task(NamedTuple):
 
     items: list[Entry] | range
     checking: Checking
+    split: str = TRAIN
 
     def __str__(self) -> str:
         return f"records from {self.items[0].name if isinstance(self.items, list) else self.items[0]} on"
@@ -148,9 +149,10 @@ def _until_broken(path: Path) -> Iterator[Entry]:
 
 
 def _prepared_tasks(checking: Checking) -> Iterator[Task]:
-    total = len(_source(checking.images))
-    for start in range(0, total, RECORDS_PER_TASK):
-        yield Task(range(start, min(start + RECORDS_PER_TASK, total)), checking)
+    for split in splits_of(checking.images):
+        total = len(_source(checking.images, split))
+        for start in range(0, total, RECORDS_PER_TASK):
+            yield Task(range(start, min(start + RECORDS_PER_TASK, total)), checking, split)
 
 
 def _spread(tasks: Iterable[Task], workers: int) -> Iterator[Found]:
@@ -171,7 +173,7 @@ def check_some(task: Task) -> Found:
         if isinstance(item, Entry):
             record, image = _of_entry(item, checking, problems)
         else:
-            record, image = _of_data_set(item, checking, problems)
+            record, image = _of_data_set(item, task.split, checking, problems)
         if record is None:
             continue
         with_image += image is not None
@@ -221,8 +223,8 @@ def _of_entry(entry: Entry, checking: Checking, problems: list) -> tuple[Record 
     return Record(entry.name, None, description.turns), path
 
 
-def _of_data_set(number: int, checking: Checking, problems: list) -> tuple[Record | None, bytes | None]:
-    record = _source(checking.images)[number]
+def _of_data_set(number: int, split: str, checking: Checking, problems: list) -> tuple[Record | None, bytes | None]:
+    record = _source(checking.images, split)[number]
     if record.image is not None:
         try:
             (check_image if checking.decode else check_image_ends)(record.image, record.id)
@@ -232,8 +234,8 @@ def _of_data_set(number: int, checking: Checking, problems: list) -> tuple[Recor
 
 
 @functools.cache
-def _source(folder: Path) -> RecordSource:
-    return RecordSource.open(folder, SPLIT)
+def _source(folder: Path, split: str) -> RecordSource:
+    return RecordSource.open(folder, split)
 
 
 @functools.cache

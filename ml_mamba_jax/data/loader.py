@@ -27,6 +27,8 @@ from ml_mamba_jax.tokenizer import Tokenizer
 
 LOOK_EVERY = 0.5
 """Seconds between two looks whether the workers live, while waiting for them."""
+STALLED_AFTER = 600.0
+"""Seconds without a batch that are an error."""
 MAX_THREADS = 16
 CLOSING = 5.0
 """Seconds that a batch which is being read may take, when the stream is closed."""
@@ -223,8 +225,14 @@ class BatchStream(Iterator[Batch]):
 
     def _take(self) -> Loaded | None:
         """The next batch, None at the end."""
+        started = time.perf_counter()
         while True:
             self._look_at_workers()
+            if time.perf_counter() - started > STALLED_AFTER:
+                raise WorkerError(
+                    f"data: got no batch for {STALLED_AFTER:.0f} s after the one with {', '.join(self.ids[:3]) or 'nothing'}; "
+                    "see whether the storage answers, and resume the run"
+                )
             try:
                 taken = self._queue.get(timeout=LOOK_EVERY)
             except queue.Empty:

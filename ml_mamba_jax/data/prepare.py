@@ -12,8 +12,8 @@ from ml_mamba_jax.data import llava
 from ml_mamba_jax.data.builders import default_place
 from ml_mamba_jax.data.lengths import measure
 from ml_mamba_jax.data.parallel import default_workers
-from ml_mamba_jax.data.shards import LEFT_OUT_FILE, SPLIT, Packing, pack
-from ml_mamba_jax.data.source import RecordSource
+from ml_mamba_jax.data.shards import LEFT_OUT_FILE, Packing, pack
+from ml_mamba_jax.data.source import RecordSource, splits_of
 from ml_mamba_jax.errors import InputError, one_line_errors
 from ml_mamba_jax.prompt import prompt_format
 from ml_mamba_jax.tokenizer import Tokenizer
@@ -42,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="PART",
         help="leave out up to this part of the records (default 0)",
     )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="a test split of this part of the images (default 0)",
+    )
     parser.add_argument("--any-suffix", action="store_true", help="take x.png or x.gif where x.jpg is missing")
     parser.add_argument("--tokenizer", help="count tokens too, so that grouped and packed training starts at once")
     parser.add_argument(
@@ -55,13 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = tuple(map(llava.json_file, args.files))
         tokenizer = Tokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
         prompt_format(args.prompt_format)  # only for its check
-        packing = Packing(files, llava.image_folder_of(files, args.images), args.max_bad, args.any_suffix)
+        if not 0 <= args.held_out < 1:
+            raise InputError(f"--held-out: got {args.held_out}, expected a part of the images, from 0 to below 1")
+        images = llava.image_folder_of(files, args.images)
+        packing = Packing(files, images, args.max_bad, args.any_suffix, args.held_out)
         place = args.out or default_place(Path("data"), packing)
         pack(packing, place, args.workers)
-        source = RecordSource.open(place, SPLIT)
+        splits = {split: RecordSource.open(place, split) for split in splits_of(place)}
         if tokenizer is not None:
-            measure(source, tokenizer, args.prompt_format, args.form)
-        print(f"{place}: {len(source):,} records")
+            measure(splits["train"], tokenizer, args.prompt_format, args.form)
+        print(f"{place}: {', '.join(f'{len(source):,} {split} records' for split, source in splits.items())}")
         left_out = place / LEFT_OUT_FILE
         if left_out.is_file():
             print(f"{len(left_out.read_text(encoding='utf-8').splitlines()):,} left out, listed in {left_out}")

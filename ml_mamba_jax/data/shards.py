@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +28,8 @@ from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.image import check_image, read_file
 
-NAME, SPLIT, VERSION = "llava_folder", "train", "1.0.0"
+NAME, VERSION = "llava_folder", "1.0.0"
+TRAIN, TEST = "train", "test"
 RECORDS_PER_SHARD = 1024
 WRITER_OPTIONS = "group_size:1,uncompressed"  # each record can be read alone; images are compressed already
 CONTENTS_FILE = "contents.json"
@@ -62,32 +65,42 @@ class Packing:
     """What to pack, and what to do with records that cannot be used.
 
     `max_bad`: the part of the records that may be left out; 0 refuses the first. `any_suffix`: an image that is missing may have
-    another ending, as `x.gif` for `x.jpg`.
+    another ending, as `x.gif` for `x.jpg`. `held_out`: the part of the images that the test split has, with all their records,
+    and of the records without one.
     """
 
     files: tuple[Path, ...]
     image_folder: Path
     max_bad: float = 0.0
     any_suffix: bool = False
+    held_out: float = 0.0
+
+
+class Numbered(NamedTuple):
+    """An object and its number in the data set."""
+
+    number: int
+    entry: Entry
 
 
 class ShardTask(NamedTuple):
-    """One shard to write. `first`: number of its first record in the data set."""
+    """One shard to write."""
 
     path: Path
-    first: int
-    entries: list[Entry]
+    split: str
+    entries: list[Numbered]
     packing: Packing
     digest: str
 
     def __str__(self) -> str:
-        return f"{self.path.name} (from {self.entries[0].name} on)"
+        return f"{self.path.name} (from {self.entries[0].entry.name} on)"
 
 
 class ShardNote(NamedTuple):
     """What is kept about a shard. `digest` is of what it was made of, `problems` are the records left out."""
 
     name: str
+    split: str
     digest: str
     read: int
     records: int
@@ -114,9 +127,9 @@ def pack(packing: Packing, target: Path, workers: int) -> None:
                 aside.rmdir()
             _check_same(packing, target)
             return
-        total = _count(packing.files)
-        notes = _write_shards(packing, aside, total, -(-total // RECORDS_PER_SHARD), workers)
-        _refuse_bad(packing, [problem for note in notes for problem in note.problems], total)
+        counts = _count(packing)
+        notes = _write_shards(packing, aside, counts, workers)
+        _refuse_bad(packing, [problem for note in notes for problem in note.problems], sum(counts.values()))
         _describe_whole(packing, aside, notes)
         _sync(aside)
         aside.rename(target)
@@ -131,6 +144,8 @@ def source_digest(packing: Packing) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     digest.update(str(packing.image_folder.resolve()).encode())
+    if packing.held_out:
+        digest.update(f"held out {packing.held_out}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -147,25 +162,27 @@ def check_contents(folder: Path) -> None:
             raise InputError(f"{folder / name}: got {got}, expected {size} bytes; copy or prepare the data set again")
 
 
-def _write_shards(packing: Packing, aside: Path, total: int, n_shards: int, workers: int) -> list[ShardNote]:
+def _write_shards(packing: Packing, aside: Path, counts: dict[str, int], workers: int) -> list[ShardNote]:
     notes: list[ShardNote] = []
     expected = set()
 
     def tasks() -> Iterator[ShardTask]:
         """The shards that are not there yet. The others are counted as they are passed."""
-        entries = itertools.chain.from_iterable(map(read_entries, packing.files))
-        for number in range(n_shards):
-            some = list(itertools.islice(entries, RECORDS_PER_SHARD))
-            path = aside / f"{NAME}-{SPLIT}.array_record-{number:05d}-of-{n_shards:05d}"
-            expected.update((path.name, _note_path(path).name))
-            task = ShardTask(path, number * RECORDS_PER_SHARD, some, packing, _digest(some, packing))
-            if note := _read_note(task):
-                notes.append(note)
-                update(note.read)
-            else:
-                yield task
+        for split, count in counts.items():
+            entries, n_shards = _entries(packing, split), -(-count // RECORDS_PER_SHARD)
+            for number in range(n_shards):
+                some = list(itertools.islice(entries, RECORDS_PER_SHARD))
+                path = aside / f"{NAME}-{split}.array_record-{number:05d}-of-{n_shards:05d}"
+                expected.update((path.name, _note_path(path).name))
+                task = ShardTask(path, split, some, packing, _digest(some, packing))
+                if note := _read_note(task):
+                    notes.append(note)
+                    update(note.read)
+                else:
+                    yield task
 
-    with progress("packing", total) as update:
+    with progress("packing", sum(counts.values())) as update:
+        n_shards = sum(-(-count // RECORDS_PER_SHARD) for count in counts.values())
         for note in spread(write_shard, tasks(), min(workers, n_shards)):
             notes.append(note)
             update(note.read)
@@ -183,7 +200,7 @@ def write_shard(task: ShardTask) -> ShardNote:
     problems, records, record_bytes = [], 0, 0
     writer = ArrayRecordWriter(str(unfinished), WRITER_OPTIONS)
     try:
-        for number, entry in enumerate(task.entries, start=task.first):
+        for number, entry in task.entries:
             try:
                 record = _load(describe(entry), entry.name, number, task.packing)
             except InputError as error:
@@ -195,7 +212,14 @@ def write_shard(task: ShardTask) -> ShardNote:
         writer.close()
         _sync(unfinished)
         note = ShardNote(
-            task.path.name, task.digest, len(task.entries), records, record_bytes, unfinished.stat().st_size, problems
+            task.path.name,
+            task.split,
+            task.digest,
+            len(task.entries),
+            records,
+            record_bytes,
+            unfinished.stat().st_size,
+            problems,
         )
         unfinished.replace(task.path)
         _write_synced(_note_path(task.path), json.dumps(note._asdict()))
@@ -228,21 +252,45 @@ def _load(description: Description, name: str, number: int, packing: Packing) ->
         path = image_path(packing.image_folder, description.image, packing.any_suffix, name)
         image = read_file(path)
         check_image(image, f"{name}: {path}")
-    return Record(f"{number:08d}-{description.id}", image, description.turns)
+    answered = description.turns[: len(description.turns) // 2 * 2]  # from a question at the end nothing is learnt
+    return Record(f"{number:08d}-{description.id}", image, answered)
 
 
-def _count(files: Sequence[Path]) -> int:
-    counts = {path: sum(1 for _ in read_entries(path)) for path in files}
-    for path, count in counts.items():
-        if not count:
+def _entries(packing: Packing, split: str | None = None) -> Iterator[Numbered]:
+    """The objects of a split, or all of them."""
+    for number, entry in enumerate(itertools.chain.from_iterable(map(read_entries, packing.files))):
+        if split in (None, _split_of(number, entry, packing)):
+            yield Numbered(number, entry)
+
+
+def _split_of(number: int, entry: Entry, packing: Packing) -> str:
+    """Train or test, by the name of the image, so that no image is in both; by the number of a record without one."""
+    if not packing.held_out:
+        return TRAIN
+    value = entry.value if isinstance(entry.value, dict) else {}
+    image = value.get("image", value.get("file_name"))
+    key = str(number) if image is None else json.dumps(image)
+    return TEST if zlib.crc32(key.encode()) < packing.held_out * 2**32 else TRAIN
+
+
+def _count(packing: Packing) -> dict[str, int]:
+    """How many objects each split has."""
+    for path in packing.files:
+        if next(read_entries(path), None) is None:
             raise InputError(f"{path}: got no records, expected at least one")
-    return sum(counts.values())
+    counts = Counter(_split_of(*numbered, packing) for numbered in _entries(packing))
+    for split in (TRAIN, TEST) if packing.held_out else (TRAIN,):
+        if not counts[split]:
+            raise InputError(
+                f"held out: got {packing.held_out} of {sum(counts.values())} records, which leaves none for {split}; "
+                "choose another part"
+            )
+    return dict(counts)
 
 
-def _digest(entries: list[Entry], packing: Packing) -> str:
-    text = json.dumps(
-        [entry.value if not isinstance(entry.value, InputError) else str(entry.value) for entry in entries]
-    )
+def _digest(entries: list[Numbered], packing: Packing) -> str:
+    values = ((number, entry.value) for number, entry in entries)
+    text = json.dumps([(number, str(value) if isinstance(value, InputError) else value) for number, value in values])
     how = f"{packing.image_folder.resolve()} {packing.any_suffix}"
     return hashlib.sha256((text + how).encode()).hexdigest()
 
@@ -281,16 +329,21 @@ def _describe_whole(packing: Packing, aside: Path, notes: list[ShardNote]) -> No
     )
     info = tfds.core.DatasetInfo(builder=identity, description="Records in LLaVA's form.", features=record_features())
     info.set_file_format("array_record", override=True)
-    template = tfds.core.ShardedFileTemplate(
-        dataset_name=NAME, data_dir=aside, split=SPLIT, filetype_suffix="array_record"
-    )
-    split = tfds.core.SplitInfo(
-        name=SPLIT,
-        shard_lengths=[note.records for note in notes],
-        num_bytes=sum(note.record_bytes for note in notes),
-        filename_template=template,
-    )
-    info.set_splits(tfds.core.splits.SplitDict([split]))
+    splits = []
+    for split in sorted({note.split for note in notes}, reverse=True):
+        of_split = [note for note in notes if note.split == split]
+        template = tfds.core.ShardedFileTemplate(
+            dataset_name=NAME, data_dir=aside, split=split, filetype_suffix="array_record"
+        )
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[note.records for note in of_split],
+                num_bytes=sum(note.record_bytes for note in of_split),
+                filename_template=template,
+            )
+        )
+    info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(aside)
     sizes = {note.name: note.file_bytes for note in notes}
     contents = {"source": source_digest(packing), "max_bad": packing.max_bad, "sizes": sizes}

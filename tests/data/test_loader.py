@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ml_mamba_jax.config import MLMambaConfig
-from ml_mamba_jax.data import builders, lengths, scenes
+from ml_mamba_jax.data import builders, lengths, loader, scenes
 from ml_mamba_jax.data.loader import batches, make_order
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.data.samples import make_sample
@@ -353,12 +353,21 @@ def test_the_ids_of_a_batch_and_the_wait_for_it_are_told(mixed, tokenizer):
 
 
 class Slow(RecordSource):
-    def __init__(self, source: RecordSource):
+    def __init__(self, source: RecordSource, seconds: float = 0.1):
         vars(self).update(vars(source))
+        self.seconds = seconds
 
     def __getitem__(self, index: int) -> Record:
-        time.sleep(0.1)
+        time.sleep(self.seconds)
         return super().__getitem__(index)
+
+
+def test_data_that_do_not_come_are_an_error(mixed, tokenizer, monkeypatch):
+    monkeypatch.setattr(loader, "STALLED_AFTER", 0.6)
+    monkeypatch.setattr(loader, "CLOSING", 0.1)
+    stream = batches(Slow(mixed, 1.0), tokenizer, TINY, batch_size=2, max_tokens=64, first=0, last=9)
+    with pytest.raises(WorkerError, match=r"data: got no batch for 1 s after .*; see whether the storage answers"):
+        next(stream)
 
 
 def test_a_worker_that_is_killed_or_raises_ends_the_stream_within_ten_seconds(mixed, tokenizer):

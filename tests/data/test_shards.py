@@ -53,7 +53,7 @@ def test_several_files_are_one_data_set_and_lines_are_read(tmp_path, capsys):
     options = ["--out", str(tmp_path / "packed"), "--workers", "1", "--tokenizer", str(tokenizer)]
     prepare.main([str(tmp_path), str(tmp_path / "more.json"), *options])
     assert len(list((tmp_path / "packed").glob("lengths-train-*.npz"))) == 1
-    assert "packed: 3 records" in capsys.readouterr().out
+    assert "packed: 3 train records" in capsys.readouterr().out
     assert [(record.turns[1].text, record.image is None) for record in read(tmp_path / "packed")] == [
         ("A cat.", False),
         ("Text.", True),
@@ -185,3 +185,36 @@ def test_a_full_disk_leaves_nothing_in_place(tmp_path, small_shards, monkeypatch
     assert stop.value.code == 2
     assert "No space left on device" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / ".packed.partial").iterdir()] == []
+
+
+def test_a_part_is_held_out_and_no_image_is_on_both_sides(tmp_path, small_shards, capsys):
+    file, images = write_llava(tmp_path, 200, n_images=40)
+    options = ["--images", str(images), "--held-out", "0.2", "--workers", "2", "--out"]
+    prepare.main([str(file), *options, str(tmp_path / "packed")])
+    splits = {split: list(RecordSource.open(tmp_path / "packed", split)) for split in ("train", "test")}
+    counts = {split: len(records) for split, records in splits.items()}
+    assert f"{counts['train']} train records, {counts['test']} test records" in capsys.readouterr().out
+    assert 20 < counts["test"] < 70 and sum(counts.values()) == 200
+    assert len({record.id for records in splits.values() for record in records}) == 200
+    shown = {split: {record.image for record in records} - {None} for split, records in splits.items()}
+    assert shown["test"] and not shown["train"] & shown["test"]
+    assert any(record.image is None for record in splits["test"])
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([str(file), *options[:3], "0.0001", "--out", str(tmp_path / "other")])
+    assert stop.value.code == 2 and "which leaves none for test" in capsys.readouterr().err
+    with pytest.raises(InputError, match="got something else there"):
+        pack(Packing((file,), images), tmp_path / "packed", workers=1)
+
+
+def test_a_shard_may_be_left_without_records(tmp_path, small_shards):
+    file, images = write_llava(tmp_path, 40)
+    entries = json.loads(file.read_text())
+    entries[10:20] = [7] * 10
+    entries[3]["conversations"].append({"from": "human", "value": "And?"})
+    file.write_text(json.dumps(entries))
+    pack(Packing((file,), images, max_bad=0.5), tmp_path / "packed", workers=1)
+    records = read(tmp_path / "packed")
+    assert [int(record.id[:8]) for record in records] == [*range(10), *range(20, 40)]
+    assert [len(record.turns) for record in records] == [
+        2
+    ] * 30  # what is asked at the end and not answered is left out
