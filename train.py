@@ -22,7 +22,7 @@ from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
 from ml_mamba_jax.training.initial import check_given, start_from
-from ml_mamba_jax.training.inputs import open_data, open_tokenizer
+from ml_mamba_jax.training.inputs import open_data, open_order, open_tokenizer, row_lengths
 from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer
@@ -67,8 +67,12 @@ def train(config: TrainConfig) -> None:
     data = tuple(open_data(stage.data) for stage in config.stages)
     tokenizer = open_tokenizer(config, folder, data[-1]["train"], resumed_step)
     model = make_model(config)
-    lengths = tuple(stages.length(s, len(d["train"])) for s, d in zip(config.stages, data, strict=True))
-    run = Run(config, folder, mesh, model, tokenizer, data, lengths)
+    orders = tuple(
+        open_order(stage, config.model, splits["train"], tokenizer, config.seed + number)
+        for number, (stage, splits) in enumerate(zip(config.stages, data, strict=True))
+    )
+    lengths = tuple(map(stages.length, config.stages, orders))
+    run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths)
     check_installed(config.writers)
     position = stages.locate(resumed_step, lengths)
     params, resumed = restore(run, resumed_step, position) if resumed_step else (begin(run), None)
@@ -141,7 +145,8 @@ def check_batches(config: TrainConfig, mesh) -> None:
                 f"{prefix}batch_size: got {stage.batch_size}, expected a multiple of {parts} = micro_batches "
                 f"{stage.micro_batches} x data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
             )
-        sharding.check_tokens(config.model.n_visual_tokens + stage.data.max_tokens, mesh)
+        for n_tokens in row_lengths(stage.data, config.model):
+            sharding.check_tokens(n_tokens, mesh)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Go on training a converted or trained ML-Mamba on records of your own.
 
-    python train.py finetune --init converted/ml-mamba-3b --data.json-file chat.json --data.image-folder images
+    python train.py finetune --init converted/ml-mamba-3b --data.prepared data/mine
 
 Connector and language model learn, the encoders are frozen (`--trains connector` for less, `--trains vision connector
 language` for all). For a model of another size or make name its own: `--model ...`; fields that differ are listed when it starts.
@@ -16,7 +16,7 @@ RECIPE = TrainConfig(
         StageConfig(
             name="finetune",
             trains=FINETUNE,
-            data=DataConfig(max_tokens=2048),
+            data=DataConfig(max_tokens=2048, batching="grouped"),
             optim=OptimConfig(peak_lr=2e-5, weight_decay=0.1),
             epochs=1.0,
             batch_size=64,

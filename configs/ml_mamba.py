@@ -28,7 +28,7 @@ CONVERSATIONS = Path("data/download/llava-v1.5-instruct")
 ALIGN_558K = StageConfig(
     name="align",
     trains=ALIGN,
-    data=DataConfig(json_file=CAPTIONS / "chat.json", form="caption", max_tokens=2048),
+    data=DataConfig(json_file=CAPTIONS / "chat.json", form="caption", max_tokens=2048, batching="grouped", buckets=6),
     optim=OptimConfig(peak_lr=1e-3, weight_decay=0.0),
     epochs=1.0,
     batch_size=256,
@@ -36,14 +36,16 @@ ALIGN_558K = StageConfig(
 FINETUNE_665K = StageConfig(
     name="finetune",
     trains=FINETUNE,
-    data=DataConfig(json_file=CONVERSATIONS / "llava_v1_5_mix665k.json", max_tokens=2048),
+    data=DataConfig(json_file=CONVERSATIONS / "llava_v1_5_mix665k.json", max_tokens=2048, batching="grouped"),
     optim=OptimConfig(peak_lr=2e-5, weight_decay=0.1),
     epochs=2.0,
     batch_size=64,
 )
 FINETUNE_1231K = dataclasses.replace(
     FINETUNE_665K,
-    data=DataConfig(json_file=CONVERSATIONS / "llava_v1_5_lvis4v_lrv_mix1231k.json", max_tokens=2048),
+    data=DataConfig(
+        json_file=CONVERSATIONS / "llava_v1_5_lvis4v_lrv_mix1231k.json", max_tokens=2048, batching="grouped"
+    ),
     epochs=1.0,
     batch_size=128,
 )

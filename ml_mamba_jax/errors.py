@@ -30,6 +30,12 @@ class CheckpointError(ValueError):
     exit_code = 4
 
 
+class WorkerError(RuntimeError):
+    """A process of a run that died or hangs. Exit code 5."""
+
+    exit_code = 5
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn the errors of this module, and those of the file system, into `error: ...` on stderr and an exit code.
@@ -38,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, NonFiniteError, CheckpointError) as error:
+    except (InputError, NonFiniteError, CheckpointError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:

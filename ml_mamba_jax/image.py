@@ -19,6 +19,8 @@ MAX_PIXELS = 50_000_000
 """Larger images are refused before they are decoded: a small file can hold a very large one."""
 MAX_PIXELS_BETWEEN = 4 * MAX_PIXELS
 """The same for what an image becomes on its way to the square: letterbox makes much of a thin line."""
+JPEG_END, PNG_END = b"\xff\xd9", b"\0\0\0\0IEND\xaeB`\x82"
+"""What whole files of these formats end with."""
 
 
 def read_file(path: str | Path) -> bytes:
@@ -39,25 +41,75 @@ def read_image(source: str | Path | bytes, name: str | None = None):
     Raises:
         InputError: missing, damaged, of another format than `FORMATS`, or with more than `MAX_PIXELS`; names the file.
     """
-    from PIL import Image
-
     data = source if isinstance(source, bytes) else read_file(source)
-    name = name or ("image" if isinstance(source, bytes) else str(source))
+    return _open(data, name or ("image" if isinstance(source, bytes) else str(source)))
+
+
+def _open(data: bytes, name: str, reduced: bool = False):
+    from PIL import Image, ImageOps
+
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(
-                f"{name}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; make the image smaller"
-            )
+        _check_size(image, name)
+        if reduced:
+            image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # here, so that there are never more than two of a large image
         return upright_rgb(image)
     except InputError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{name}: {error} Expected at most {MAX_PIXELS} pixels; make the image smaller") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         reason = "not an image of a known format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise InputError(
             f"{name}: cannot decode the image ({reason}); expected a whole {', '.join(FORMATS)} file"
         ) from error
+
+
+def _check_size(image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{name}: got {image.width} x {image.height} pixels, expected at most {MAX_PIXELS}; make the image smaller"
+        )
+
+
+def check_image(data: bytes, name: str) -> None:
+    """Raise what `read_image` would for these bytes, in a third of its time: a JPEG is decoded to an eighth of its size."""
+    _open(data, name, reduced=True)
+
+
+def check_image_ends(source: str | Path | bytes, name: str | None = None) -> None:
+    """Raise InputError for an image that is missing, of another format than `FORMATS`, too large, or cut off.
+
+    Only its header and its end are looked at. An image whose end does not tell that it is whole is decoded.
+    """
+    name = name or str(source)
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+            format = _format(file, name)
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(size - len(PNG_END), 0))
+            end = file.read()
+            if not (format == "JPEG" and end.endswith(JPEG_END)) and not (format == "PNG" and end == PNG_END):
+                file.seek(0)
+                check_image(file.read(), name)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: found no such image file") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot read the image file: {error.strerror}") from error
+
+
+def _format(file, name: str) -> str | None:
+    """The format that the header of an image tells; None where it cannot be read, which a decoder will explain."""
+    from PIL import Image
+
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Exception:  # as in `_open`
+        return None
+    _check_size(image, name)
+    return image.format
 
 
 def upright_rgb(image):
@@ -66,15 +118,18 @@ def upright_rgb(image):
     Transparency is dropped, and what lies under it shows, as in the original. Grey values of 16 bit lose their lower byte, as
     Pillow does it for colours of 16 bit; the original clips them all to 255, which leaves little but white.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode == "La":  # Pillow goes no other way from here
         image = image.convert("LA")
-    image.info.pop("transparency", None)  # Pillow would warn that RGB cannot hold it
-    return image.convert("RGB")
+    if "transparency" in image.info:
+        image = image.copy()
+        del image.info["transparency"]  # Pillow would warn that RGB cannot hold it
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def prepare_images(image, config: MLMambaConfig, name: str = "image") -> dict[str, np.ndarray]:

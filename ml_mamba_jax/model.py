@@ -11,7 +11,7 @@ from ml_mamba_jax.connector import ScanConnector
 from ml_mamba_jax.layers import Remat
 from ml_mamba_jax.mamba2 import Mamba2
 from ml_mamba_jax.state import MambaState, init_state
-from ml_mamba_jax.typing import Hidden, Images, LastLogits, RowMask, SegmentIds, Tokens
+from ml_mamba_jax.typing import Hidden, Images, ImageStarts, LastLogits, RowImages, RowMask, SegmentIds, Tokens
 from ml_mamba_jax.vision import VisionEncoder
 
 FLOAT32_PARAMS = {"A_log", "D", "dt_bias"}
@@ -82,23 +82,34 @@ class MLMamba(nn.Module):
         self,
         tokens: Tokens,
         *,
-        images: Images | None = None,
+        images: Images | RowImages | None = None,
         image_mask: RowMask | None = None,
         segment_ids: SegmentIds | None = None,
+        image_starts: ImageStarts | None = None,
     ) -> Float[Array, "b l_all v"]:
-        """Logits of every position, [b l_image + l v]; position t predicts token t + 1."""
-        return self.logits(self.hidden(tokens, images=images, image_mask=image_mask, segment_ids=segment_ids))
+        """Logits of every position, [b l_image + l v]; position t predicts token t + 1. Arguments as of `hidden`."""
+        hidden = self.hidden(
+            tokens, images=images, image_mask=image_mask, segment_ids=segment_ids, image_starts=image_starts
+        )
+        return self.logits(hidden)
 
     def hidden(
         self,
         tokens: Tokens,
         *,
-        images: Images | None = None,
+        images: Images | RowImages | None = None,
         image_mask: RowMask | None = None,
         segment_ids: SegmentIds | None = None,
+        image_starts: ImageStarts | None = None,
     ) -> Float[Array, "b l_all d"]:
-        """Normalised hidden states of every position; `logits` turns any of them into logits."""
-        x, segment_ids = self._sequence(tokens, images, image_mask, segment_ids)
+        """Normalised hidden states of every position; `logits` turns any of them into logits.
+
+        Args:
+            segment_ids: sequences of a row, see `pallas_kernels.segments`. An image before the text belongs to the first.
+            image_starts: rows have several images, each [b m y x 3], or have them inside. The visual tokens of image i of a row
+                then stand in place of its tokens from `image_starts[i]` on, and l_all is l; negative for no image.
+        """
+        x, segment_ids = self._sequence(tokens, images, image_mask, segment_ids, image_starts)
         return self.language(x, segment_ids=segment_ids)[0]
 
     def logits(self, hidden: Array) -> Array:
@@ -162,11 +173,13 @@ class MLMamba(nn.Module):
         hidden, state = self.language(self.language.embed(token[:, None]), state, segment_ids)
         return self.logits(hidden[:, 0]), state
 
-    def _sequence(self, tokens, images, image_mask, segment_ids) -> tuple[Hidden, SegmentIds | None]:
+    def _sequence(self, tokens, images, image_mask, segment_ids, image_starts=None) -> tuple[Hidden, SegmentIds | None]:
         """Embeddings of [visual tokens | text] and the segment ids of both parts."""
         x = self.language.embed(tokens)
         if images is None:
             return x, segment_ids
+        if image_starts is not None:
+            return self._with_images_inside(x, images, image_starts), segment_ids
         visual = self.encode_images(images)
         if image_mask is not None or segment_ids is not None:
             batch, n_visual = visual.shape[:2]
@@ -177,3 +190,16 @@ class MLMamba(nn.Module):
                 seen = jnp.where(image_mask[:, None], seen, -1)
             segment_ids = jnp.concatenate([jnp.broadcast_to(seen, (batch, n_visual)), segment_ids], axis=1)
         return jnp.concatenate([visual.astype(x.dtype), x], axis=1), segment_ids
+
+    def _with_images_inside(self, x: Hidden, images: RowImages, starts: ImageStarts) -> Hidden:
+        """Embeddings with the visual tokens of each image in place of those from its start on."""
+        batch, per_row = starts.shape
+        visual = self.encode_images(jax.tree.map(lambda a: a.reshape(batch * per_row, *a.shape[2:]), images))
+        n_visual = visual.shape[1]
+        visual = visual.reshape(batch, per_row * n_visual, visual.shape[2]).astype(x.dtype)
+        offset = jnp.arange(x.shape[1])[None, None] - starts[:, :, None]  # [b m l], from the start of each image
+        inside = (starts[:, :, None] >= 0) & (offset >= 0) & (offset < n_visual)
+        source = jnp.arange(per_row)[None, :, None] * n_visual + offset
+        source = jnp.sum(jnp.where(inside, source, 0), axis=1)
+        visual = jnp.take_along_axis(visual, source[:, :, None], axis=1)
+        return jnp.where(inside.any(axis=1)[:, :, None], visual, x)

@@ -13,7 +13,8 @@ _MATPLOTLIB = Path(matplotlib.get_data_path()) / "sample_data"
 
 CHINA = _SKLEARN / "china.jpg"
 """640 x 427, RGB."""
-PACKAGED = [CHINA, _SKLEARN / "flower.jpg", _MATPLOTLIB / "grace_hopper.jpg", _MATPLOTLIB / "logo2.png"]
+LOGO = _MATPLOTLIB / "logo2.png"
+PACKAGED = [CHINA, _SKLEARN / "flower.jpg", _MATPLOTLIB / "grace_hopper.jpg", LOGO]
 TOKENIZER_FILE = BESIDE / "gpt_neox_tokenizer.json"
 
 

@@ -2,7 +2,14 @@
 
 import pytest
 
-from ml_mamba_jax.errors import CheckpointError, ConvertError, InputError, NonFiniteError, one_line_errors
+from ml_mamba_jax.errors import (
+    CheckpointError,
+    ConvertError,
+    InputError,
+    NonFiniteError,
+    WorkerError,
+    one_line_errors,
+)
 
 
 @pytest.mark.parametrize(
@@ -12,6 +19,7 @@ from ml_mamba_jax.errors import CheckpointError, ConvertError, InputError, NonFi
         (ConvertError("b.pt: got a pickle"), 2, "error: b.pt: got a pickle\n"),
         (NonFiniteError("step 7: got NaN"), 3, "error: step 7: got NaN\n"),
         (CheckpointError("run: found none"), 4, "error: run: found none\n"),
+        (WorkerError("worker 7 was killed"), 5, "error: worker 7 was killed\n"),
         (PermissionError(13, "Permission denied", "/run"), 2, "error: /run: Permission denied\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],

@@ -5,6 +5,8 @@ What is expected is restated here from the description of the original's pipelin
 
 import dataclasses
 import io
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -272,3 +274,31 @@ def test_an_image_of_any_mode_is_prepared_as_rgb(mode):
     image = picture(40, 30).convert(mode)
     for got in prepare_images(image, TINY).values():
         np.testing.assert_array_equal(got, prepare_images(image.convert("RGB"), TINY)["siglip"])
+
+
+MEMORY = """
+import re, sys
+from ml_mamba_jax.image import read_image
+
+def most_memory():
+    return int(re.search("VmHWM: *\\t *([0-9]+) kB", open("/proc/self/status").read())[1])
+
+small, large = (open(path, "rb").read() for path in sys.argv[1:])
+read_image(small)
+before = most_memory()
+read_image(large)
+print(most_memory() - before)
+"""
+
+
+def test_a_large_image_takes_no_more_than_two_of_it(tmp_path):
+    """With transparency and turned, which each would be another copy: 400 MB for the largest that is read."""
+    width, height = 5000, 4000
+    large = Image.new("RGBA", (width, height))
+    exif = large.getexif()
+    exif[0x112] = 6
+    large.save(tmp_path / "large.png", exif=exif)
+    large.resize((8, 8)).save(tmp_path / "small.png", exif=exif)
+    command = [sys.executable, "-c", MEMORY, tmp_path / "small.png", tmp_path / "large.png"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2.2 * 4 * width * height / 1024

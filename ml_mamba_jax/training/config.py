@@ -11,6 +11,7 @@ from typing import Literal
 from tyro.conf import Suppress
 
 from ml_mamba_jax.config import MLMambaConfig
+from ml_mamba_jax.data.order import Batching
 from ml_mamba_jax.data.samples import Form
 from ml_mamba_jax.errors import InputError
 
@@ -21,12 +22,14 @@ class DataConfig:
 
     folder: Path = Path("data")
     """Where prepared data sets are kept."""
+    prepared: Path | None = None
+    """A folder that `python -m ml_mamba_jax.data.prepare` wrote."""
     json_file: Path | None = None
-    """Records: a json list in the LLaVA form."""
+    """In its place, records to prepare: a json list in the LLaVA form, or a jsonl file."""
     image_folder: Path | None = None
     """What the image paths in json_file are relative to. Default: the folder of json_file."""
     digits: bool = False
-    """Without json_file: compose scenes of handwritten digits."""
+    """Without either: compose scenes of handwritten digits."""
     train_scenes: int = 16_000
     """Digit scenes to train on."""
     test_scenes: int = 600
@@ -35,6 +38,14 @@ class DataConfig:
     """Learn the answers of conversations, or captions of images, without the question (alignment)."""
     max_tokens: int = 96
     """Text tokens of a row; longer conversations are cut."""
+    batching: Batching = "random"
+    """Rows of one record, padded to max_tokens; "grouped": of similar lengths, text alone apart; "packed": of several records."""
+    buckets: int = 4
+    """Lengths that grouped rows are padded to, each half of the next. Each is compiled once, and once more for text alone."""
+    row_length: int = 4096
+    """Positions of packed rows, for visual tokens and text."""
+    max_bad: float = 0.0
+    """Part of the records that may be unusable: they are told of and left out. 0: the first one ends the run."""
     workers: int = 0
     """Processes that decode and tokenise; 0: threads of the training process."""
 
@@ -176,10 +187,17 @@ def _check_stage(stage: StageConfig, model: MLMambaConfig, prefix: str) -> None:
         )
     numbers = {"batch_size": stage.batch_size, "micro_batches": stage.micro_batches}
     numbers |= {"steps": stage.steps} if stage.steps is not None else {}
-    numbers |= {f"data.{name}": getattr(stage.data, name) for name in ("max_tokens", "train_scenes", "test_scenes")}
+    of_data = ("max_tokens", "train_scenes", "test_scenes", "buckets", "row_length")
+    numbers |= {f"data.{name}": getattr(stage.data, name) for name in of_data}
     for name, value in numbers.items():
         _check_at_least(1, f"{prefix}{name}", value)
     _check_at_least(0, f"{prefix}data.workers", stage.data.workers)
+    if not 0 <= stage.data.max_bad < 1:
+        raise InputError(
+            f"{prefix}data.max_bad: got {stage.data.max_bad}, expected a part of the records, from 0 to below 1"
+        )
+    if stage.data.prepared is not None and stage.data.json_file is not None:
+        raise InputError(f"{prefix}data: got prepared and json_file, expected one of them")
     if not stage.epochs > 0:
         raise InputError(f"{prefix}epochs: got {stage.epochs}, expected more than 0")
     optim = stage.optim

@@ -99,6 +99,8 @@ def needs_of(stage: StageConfig, model: MLMamba, mesh: Mesh) -> Needs:
     compiled = lower(model, optimizer, mesh, stage, state, frozen, batch).compile()
     memory = compiled.memory_analysis()
     n_rows, n_tokens = batch.tokens.shape
+    n_images = n_rows if batch.image_starts is None else batch.image_starts.size
+    n_text = n_rows * n_tokens - (0 if batch.image_starts is None else n_images * model.config.n_visual_tokens)
     return Needs(
         n_trained=_count(trained),
         n_frozen=_count(frozen),
@@ -108,7 +110,7 @@ def needs_of(stage: StageConfig, model: MLMamba, mesh: Mesh) -> Needs:
         gradients=_bytes_on_a_device(trained),
         activations=kept_activations(model, stage, mesh, trained, frozen, batch),
         compiled=memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        flops=step_flops(model.config, stage, n_rows, n_rows * n_tokens),
+        flops=step_flops(model.config, stage, n_images, n_text),
     )
 
 
@@ -126,12 +128,23 @@ def lower(
 
 
 def abstract_batch(stage: StageConfig, config: MLMambaConfig, mesh: Mesh) -> Batch:
-    """A batch of full rows, each with an image if the model sees any."""
+    """A batch of full rows, each with an image if the model sees any, and packed ones with as many as there is room for."""
     place = sharding.batch_sharding(mesh)
 
     def array(*shape: int, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((stage.batch_size, *shape), dtype, sharding=place)
 
+    if stage.data.batching == "packed":
+        length, slots = stage.data.row_length, stage.data.row_length // max(config.n_visual_tokens, 1)
+        return Batch(
+            tokens=array(length, dtype=jnp.int32),
+            is_target=array(length, dtype=jnp.bool_),
+            lengths=array(dtype=jnp.int32),
+            images={e.name: array(slots, e.image_size, e.image_size, 3, dtype=jnp.uint8) for e in config.vision},
+            image_mask=None,
+            segment_ids=array(length, dtype=jnp.int32),
+            image_starts=array(slots, dtype=jnp.int32) if config.vision else None,
+        )
     length = stage.data.max_tokens
     return Batch(
         tokens=array(length, dtype=jnp.int32),

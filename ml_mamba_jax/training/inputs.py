@@ -1,14 +1,14 @@
 """What a run reads: records, the tokenizer, and batches of both."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data import builders
-from ml_mamba_jax.data.loader import batches
+from ml_mamba_jax.data.loader import BatchStream, batches, make_order
+from ml_mamba_jax.data.order import Order, buckets
 from ml_mamba_jax.data.records import Record
-from ml_mamba_jax.data.samples import Batch
-from ml_mamba_jax.data.source import RecordSource
+from ml_mamba_jax.data.source import RecordSource, splits_of
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import render
 from ml_mamba_jax.tokenizer import Tokenizer
@@ -21,8 +21,13 @@ TOKENIZER_RECORDS = 4000
 
 def open_data(data: DataConfig) -> dict[str, RecordSource]:
     """The splits of the data set, prepared on disk if they were not: "train", and "test" where there is one."""
+    if data.prepared is not None:
+        return {split: RecordSource.open(data.prepared, split) for split in splits_of(data.prepared)}
     if data.json_file is None and not data.digits:
-        raise InputError("data.json_file: got none, expected records to learn from; pass --data.json-file FILE")
+        raise InputError(
+            "data: got no records to learn from; pass --data.prepared FOLDER, which python -m ml_mamba_jax.data.prepare "
+            "wrote, or --data.json-file FILE"
+        )
     if data.json_file is None:
         builder = builders.prepare_digits(data.folder, data.train_scenes, data.test_scenes)
     else:
@@ -50,25 +55,55 @@ def open_tokenizer(config: TrainConfig, folder: Path, source: Sequence[Record], 
     return tokenizer
 
 
+def open_order(
+    stage: StageConfig, model: MLMambaConfig, source: RecordSource, tokenizer: Tokenizer, seed: int
+) -> Order:
+    """Which records make up which batch of a stage."""
+    data = stage.data
+    return make_order(
+        source,
+        tokenizer,
+        model,
+        batch_size=stage.batch_size,
+        max_tokens=data.max_tokens,
+        seed=seed,
+        form=data.form,
+        batching=data.batching,
+        n_buckets=data.buckets,
+        row_length=data.row_length,
+    )
+
+
 def open_batches(
     stage: StageConfig,
     model: MLMambaConfig,
     source: RecordSource,
     tokenizer: Tokenizer,
-    seed: int,
+    order: Order,
     first: int,
     last: int,
-) -> Iterator[Batch]:
+) -> BatchStream:
     """Batches number `first` to `last - 1` of a stage. Close it when done."""
+    data = stage.data
     return batches(
         source,
         tokenizer,
         model,
+        order=order,
         batch_size=stage.batch_size,
-        max_tokens=stage.data.max_tokens,
-        seed=seed,
+        max_tokens=data.max_tokens,
         first=first,
         last=last,
-        form=stage.data.form,
-        workers=stage.data.workers,
+        form=data.form,
+        workers=data.workers,
+        max_bad=data.max_bad,
     )
+
+
+def row_lengths(data: DataConfig, model: MLMambaConfig) -> list[int]:
+    """Every number of positions that a row of the language model may have."""
+    if data.batching == "packed":
+        return [data.row_length]
+    text = buckets(data.max_tokens, data.buckets) if data.batching == "grouped" else [data.max_tokens]
+    alone = text if data.batching == "grouped" and model.vision else []
+    return [model.n_visual_tokens + n for n in text] + alone

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from ml_mamba_jax import sharding
 from ml_mamba_jax.config import MLMambaConfig
-from ml_mamba_jax.data.samples import Batch
+from ml_mamba_jax.data.order import Order
+from ml_mamba_jax.data.samples import Batch, n_images
 from ml_mamba_jax.data.source import RecordSource
 from ml_mamba_jax.errors import NonFiniteError
 from ml_mamba_jax.model import MLMamba
@@ -32,7 +33,7 @@ from ml_mamba_jax.training.writers import RunLog
 
 @dataclass(frozen=True)
 class Run:
-    """What the stages of a run share. `data`: the splits of each stage; `lengths`: the steps of each."""
+    """What the stages of a run share. Of each stage, `data`: the splits; `orders`: of the batches; `lengths`: the steps."""
 
     config: TrainConfig
     folder: Path
@@ -40,6 +41,7 @@ class Run:
     model: MLMamba
     tokenizer: Tokenizer
     data: tuple[dict[str, RecordSource], ...]
+    orders: tuple[Order, ...]
     lengths: tuple[int, ...]
 
 
@@ -71,8 +73,8 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
     train_step = make_train_step(run.model, optimizer, run.mesh, stage)
     _announce(run, number, trained, frozen)
 
-    seed = config.seed + number
-    stream = open_batches(stage, config.model, run.data[number]["train"], run.tokenizer, seed, first, last)
+    source, order = run.data[number]["train"], run.orders[number]
+    stream = open_batches(stage, config.model, source, run.tokenizer, order, first, last)
     evaluate = _evaluator(run, number)
     window = ProfileWindow(run.folder / "profile", config.profile)
     print("compiling the training step ...", flush=True)
@@ -139,9 +141,7 @@ def timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 def work_of(batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float) -> Work:
     """What a step on that batch did: tokens and images, without padding and the black pixels of rows without an image."""
-    rows = len(batch.lengths) if batch.image_mask is None else int(batch.image_mask.sum())
-    images = rows if batch.images else 0
-    text = int(batch.lengths.sum())
+    images, text = n_images(batch), int(batch.lengths.sum())
     return Work(seconds, waited, text + images * model.n_visual_tokens, step_flops(model, stage, images, text))
 
 

@@ -18,6 +18,8 @@ def target_losses(model: MLMamba, params: dict, batch) -> tuple[Float[Array, ""]
     stands to the right of all targets and cannot reach them in a causal model.
     """
     variables = {"params": params}
+    if batch.segment_ids is not None:
+        return _packed_losses(model, variables, batch)
     images = {"images": batch.images, "image_mask": batch.image_mask} if batch.images else {}
     hidden = model.apply(variables, batch.tokens, **images, method="hidden")
     length, first = batch.tokens.shape[1], 0 if images else 1
@@ -27,6 +29,18 @@ def target_losses(model: MLMamba, params: dict, batch) -> tuple[Float[Array, ""]
     if images and batch.image_mask is not None:
         is_target = is_target & (batch.image_mask[:, None] | (jnp.arange(length) > 0)[None])
     weights = is_target[:, first:].astype(jnp.float32)
+    return jnp.sum(losses * weights), jnp.sum(weights)
+
+
+def _packed_losses(model: MLMamba, variables: dict, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The same of rows that hold several sequences, with the visual tokens in their places: each is predicted by the position
+    before it, if that is of its sequence."""
+    images = {"images": batch.images, "image_starts": batch.image_starts} if batch.images else {}
+    hidden = model.apply(variables, batch.tokens, segment_ids=batch.segment_ids, **images, method="hidden")
+    logits = model.apply(variables, hidden[:, :-1], method="logits")
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, 1:])
+    follows = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+    weights = (batch.is_target[:, 1:] & follows).astype(jnp.float32)
     return jnp.sum(losses * weights), jnp.sum(weights)
 
 

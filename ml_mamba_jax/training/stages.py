@@ -1,11 +1,11 @@
 """The stages of a run: how long each is, where a step of the run falls, and which parameters it trains."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ml_mamba_jax.data.order import Order
 from ml_mamba_jax.layers import LORA_NAMES
 from ml_mamba_jax.training.config import StageConfig
 
@@ -17,11 +17,9 @@ class Position(NamedTuple):
     step: int
 
 
-def length(stage: StageConfig, n_records: int) -> int:
-    """Optimizer steps of a stage whose training split has `n_records`."""
-    if stage.steps is not None:
-        return stage.steps
-    return max(1, math.ceil(stage.epochs * n_records / stage.batch_size))
+def length(stage: StageConfig, order: Order) -> int:
+    """Optimizer steps of a stage whose batches come in that order."""
+    return order.n_batches(stage.epochs) if stage.steps is None else stage.steps
 
 
 def locate(step: int, lengths: Sequence[int]) -> Position:

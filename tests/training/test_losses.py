@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ml_mamba_jax.data.records import Record
-from ml_mamba_jax.data.samples import Batch, collate, make_sample
+from ml_mamba_jax.data.samples import Batch, collate, collate_packed, make_sample, n_positions
+from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.tokenizer import Tokenizer
@@ -148,3 +149,59 @@ def test_rows_without_an_image_do_not_see_the_others_pixels():
     ]
     np.testing.assert_array_equal(*losses)
     assert losses[0] != target_losses(MODEL, PARAMS, batch)[0]
+
+
+def samples_of(n: int, max_tokens: int = 200) -> list:
+    """Samples of very different lengths, every third of them text alone, and captions with and without an image."""
+    tokenizer, made = Tokenizer.train([], 257), []
+    for i in range(n):
+        turns = (Turn("human", "<image>\n" + "Which? " * (i % 4)), Turn("gpt", "It is " + "7" * (3 * i % 8)))
+        turns += (Turn("human", "Sure?"), Turn("gpt", "Yes")) if i % 2 else ()
+        picture = None if i % 3 == 2 else png(("red", "blue", "green", "white")[i % 4])
+        form = "caption" if i in (2, 4) else "chat"
+        made.append(make_sample(Record(f"r{i}", picture, turns), tokenizer, MODEL.config, max_tokens, form))
+    return made
+
+
+def test_a_packed_batch_gives_what_its_samples_give_in_rows_of_their_own():
+    """Several images in a row, text alone between them, padding behind, a row of text and one without anything; and cut into
+    micro-batches."""
+    samples = samples_of(6)
+    sizes = [len(s.tokens) + tiny_model.N_VISUAL * (s.pixels is not None) for s in samples]
+    rows = [[samples[0], samples[2], samples[1]], [samples[4], samples[3]], [samples[5]], []]
+    length = max(sizes[0] + sizes[2] + sizes[1], sizes[4] + sizes[3]) + 5
+    packed = jax.tree.map(jnp.asarray, collate_packed(rows, MODEL.config, 0, length, image_slots=3))
+    assert packed.images["siglip"].shape == (4, 3, 32, 32, 3)
+    assert (packed.image_starts >= 0).sum(1).tolist() == [2, 2, 0, 0]
+    alone = jax.tree.map(jnp.asarray, collate(samples, MODEL.config, 0, max(len(s.tokens) for s in samples)))
+
+    loss, gradient, count = jax.jit(lambda p: mean_loss_and_gradient(MODEL, p, packed, 2))(PARAMS)
+    expected, expected_gradient, expected_count = jax.jit(lambda p: mean_loss_and_gradient(MODEL, p, alone))(PARAMS)
+    assert count == expected_count and count > 20
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()) + 1e-8)
+
+
+def test_a_row_that_is_too_full_is_refused():
+    samples = samples_of(2)
+    with pytest.raises(InputError, match=r"got \d+ positions and 2 images, expected at most 400 and 1"):
+        collate_packed([samples], MODEL.config, 0, 400, image_slots=1)
+    with pytest.raises(InputError, match="expected at most 50 and 2"):
+        collate_packed([samples], MODEL.config, 0, 50, image_slots=2)
+
+
+def test_tokens_that_are_read_are_counted():
+    samples = samples_of(4)
+    text = sum(len(sample.tokens) for sample in samples)
+    batches = (
+        collate(samples, MODEL.config, 0, 200),
+        collate_packed([samples[:2], samples[2:]], MODEL.config, 0, 300, image_slots=2),
+    )
+    for batch in batches:
+        assert n_positions(batch, MODEL.config) == text + 3 * tiny_model.N_VISUAL
+    assert n_positions(collate(samples[:2], MODEL.config, 0, 200), MODEL.config) == sum(
+        len(sample.tokens) + tiny_model.N_VISUAL for sample in samples[:2]
+    )
+    text_only = collate([samples[2]], MODEL.config, 0, 200, has_image=False)
+    assert n_positions(text_only, MODEL.config) == len(samples[2].tokens)

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 import train
 from configs import PRESETS
 from ml_mamba_jax import checkpoint, sharding
+from ml_mamba_jax.data.order import RandomOrder
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.training import plots
@@ -60,11 +61,11 @@ def test_a_step_of_the_run_is_a_step_of_a_stage():
 
 
 def test_epochs_are_counted_in_rows():
-    assert length(stage(ALIGN, epochs=1.0, batch_size=256), 558_128) == 2181
-    assert length(stage(ALIGN, epochs=2.0, batch_size=128), 665_298) == 10_396
-    assert length(stage(ALIGN, epochs=0.5, batch_size=4), 16) == 2
-    assert length(stage(ALIGN, epochs=1.0, batch_size=64), 3) == 1
-    assert length(stage(ALIGN, steps=7, epochs=9.0), 1000) == 7
+    assert length(stage(ALIGN, epochs=1.0, batch_size=256), RandomOrder(558_128, 256, 8, 0)) == 2181
+    assert length(stage(ALIGN, epochs=2.0, batch_size=128), RandomOrder(665_298, 128, 8, 0)) == 10_396
+    assert length(stage(ALIGN, epochs=0.5, batch_size=4), RandomOrder(16, 4, 8, 0)) == 2
+    assert length(stage(ALIGN, epochs=1.0, batch_size=64), RandomOrder(3, 64, 8, 0)) == 1
+    assert length(stage(ALIGN, steps=7, epochs=9.0), RandomOrder(1000, 64, 8, 0)) == 7
 
 
 @pytest.mark.parametrize("trains", [ALIGN, FINETUNE, FULL_FINETUNE])

@@ -171,7 +171,7 @@ def test_the_tokenizer_of_a_recipe_knows_the_end_of_its_prompt_format(tmp_path):
         (["--name", "b", "--data.form", "caption"], 2, "got 4 turns, expected a human turn and a caption"),
         (["--name", "b", "--data.json-file", "nowhere.json"], 2, "nowhere.json: found no such file"),
         (["--name", "b", "--tokenizer", "./nowhere.json"], 2, "tokenizer: found no"),
-        (["--name", "b", "--data.no-digits"], 2, "data.json_file: got none, expected records to learn from"),
+        (["--name", "b", "--data.no-digits"], 2, "data: got no records to learn from; pass --data.prepared FOLDER"),
         (["--name", "b", "--no-from-scratch"], 2, "init: got no weights for language, vision/dinov2, vision/siglip"),
     ],
 )
