@@ -4,6 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+from jax.sharding import Mesh
+
+from ml_mamba_jax import processes, sharding
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.generation import generate
 from ml_mamba_jax.image import read_image
@@ -63,6 +67,19 @@ def answer(
         )
         answers += [Answer(record, text) for record, text in zip(part, predictions, strict=False)]
     return answers
+
+
+def answer_together(
+    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], mesh: Mesh, *, batch_size: int
+) -> list[Answer]:
+    """`answer` by all processes of a run, each of which asks its part of the records. All get all answers."""
+    n, mine = jax.process_count(), jax.process_index()
+    if n == 1:
+        return answer(model, params, tokenizer, records, batch_size=batch_size)
+    own = [records[i] for i in range(mine, len(records), n)]
+    answers = answer(model, sharding.copy_to_each_process(params, mesh), tokenizer, own, batch_size=batch_size)
+    texts = processes.gather([item.prediction for item in answers])
+    return [Answer(records[i], texts[i % n][i // n]) for i in range(len(records))]
 
 
 def by_kind(answers: Sequence[Answer]) -> dict[str, list[Answer]]:

@@ -84,19 +84,22 @@ class Evaluator:
         self._model, self._tokenizer, self._mesh, self._batch_size = model, tokenizer, mesh, batch_size
         chosen = np.unique(np.linspace(0, len(source) - 1, min(n, len(source))).astype(int))
         self._records = [source[int(i)] for i in chosen]
-        self._batches = held_out_batches(self._records, tokenizer, model.config, stage)
+        part, n = sharding.batch_part(mesh)
+        whole = held_out_batches(self._records, tokenizer, model.config, stage)
+        self._batches = [jax.tree.map(lambda a: np.split(a, n)[part], batch) for batch in whole]
 
         def losses(params: dict, batch: Batch):
             with sharding.split_kernels(mesh):
                 return target_losses(model, params, batch)
 
-        self._losses = jax.jit(losses)
+        self._losses = jax.jit(losses, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: dict) -> Evaluation:
-        place = sharding.batch_sharding(self._mesh)
-        sums = [self._losses(params, jax.device_put(batch, place)) for batch in self._batches]
+        sums = [self._losses(params, sharding.place_batch(batch, self._mesh)) for batch in self._batches]
         total, count = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
-        answers = evals.answer(self._model, params, self._tokenizer, self._records, batch_size=self._batch_size)
+        answers = evals.answer_together(
+            self._model, params, self._tokenizer, self._records, self._mesh, batch_size=self._batch_size
+        )
         return Evaluation(total / count, answers)
 
 

@@ -1,16 +1,16 @@
 """The steps of a stage: read a batch, advance the state, log, save."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ml_mamba_jax import sharding
+from ml_mamba_jax import processes, sharding
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.order import Order
 from ml_mamba_jax.data.samples import Batch, n_images
@@ -28,6 +28,7 @@ from ml_mamba_jax.training.profiling import ProfileWindow
 from ml_mamba_jax.training.run_folder import save_state
 from ml_mamba_jax.training.stages import join, split
 from ml_mamba_jax.training.step import TrainState, first_state, make_train_step
+from ml_mamba_jax.training.watch import Watch
 from ml_mamba_jax.training.writers import RunLog
 
 
@@ -43,6 +44,7 @@ class Run:
     data: tuple[dict[str, RecordSource], ...]
     orders: tuple[Order, ...]
     lengths: tuple[int, ...]
+    watch: Watch
 
 
 class Resumed(NamedTuple):
@@ -68,24 +70,29 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
         state, first, best = first_state(optimizer, trained, run.mesh), 0, None
     else:
         first, moments, best = resumed
-        step = jax.device_put(jax.numpy.int32(first), sharding.replicated(run.mesh))
+        step = processes.place(np.int32(first), sharding.replicated(run.mesh))
         state = TrainState(step, trained, moments)
     train_step = make_train_step(run.model, optimizer, run.mesh, stage)
     _announce(run, number, trained, frozen)
 
-    source, order = run.data[number]["train"], run.orders[number]
-    stream = open_batches(stage, config.model, source, run.tokenizer, order, first, last)
+    source, order, part = run.data[number]["train"], run.orders[number], sharding.batch_part(run.mesh)
+    stream = open_batches(stage, config.model, source, run.tokenizer, order, first, last, part)
     evaluate = _evaluator(run, number)
-    window = ProfileWindow(run.folder / "profile", config.profile)
+    window = ProfileWindow(run.folder / "profile", config.profile if processes.is_first() else None)
     print("compiling the training step ...", flush=True)
     started, progress = time.perf_counter(), None
     try:
-        for step, (batch, waited) in enumerate(timed(stream), start=before + first + 1):
+        for step in range(before + first + 1, before + last + 1):
+            run.watch.at(f"reading the batch of step {step}")
+            batch = next(stream)
+            run.watch.at(f"taking step {step}", timed=progress is not None)  # the first is compiled
             window.before(step)
             began = time.perf_counter()
-            state, metrics = train_step(state, frozen, jax.device_put(batch, sharding.batch_sharding(run.mesh)))
+            state, metrics = train_step(state, frozen, sharding.place_batch(batch, run.mesh))
             metrics = {name: float(value) for name, value in metrics.items()}
-            work = work_of(batch, config.model, stage, waited + time.perf_counter() - began, waited)
+            work = work_of(
+                batch, config.model, stage, stream.waited + time.perf_counter() - began, stream.waited, part[1]
+            )
             if not metrics.pop("finite"):
                 raise NonFiniteError(
                     f"step {step}: got loss {metrics['loss']} and gradient norm {metrics['gradient_norm']}, expected finite "
@@ -100,6 +107,7 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
                 progress.update(step, metrics["loss"], work)
             is_last, is_best = step == before + last, False
             if evaluate is not None and (step % config.eval_every == 0 or is_last):
+                run.watch.at(f"evaluating after step {step}")
                 found = evaluate(join(state.params, frozen))
                 now = Best(step, found.accuracy, found.loss)
                 is_best = best is None or best.is_beaten_by(now)
@@ -107,6 +115,7 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
                 log.evaluation(step, stage.name, found)
                 print(f"step {step}: {'the best so far, ' if is_best else ''}held out {found.summary()}", flush=True)
             if step % config.save_every == 0 or is_last or is_best:
+                run.watch.at(f"saving after step {step}")
                 save_state(run.folder, step, state, frozen, config.keep, best)
     finally:
         window.close()
@@ -129,19 +138,13 @@ def _evaluator(run: Run, number: int) -> Evaluator | None:
     )
 
 
-def timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch, and the seconds that it was waited for."""
-    while True:
-        began = time.perf_counter()
-        batch = next(stream, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - began
-
-
-def work_of(batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float) -> Work:
-    """What a step on that batch did: tokens and images, without padding and the black pixels of rows without an image."""
-    images, text = n_images(batch), int(batch.lengths.sum())
+def work_of(
+    batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float, parts: int = 1
+) -> Work:
+    """What a step did on a batch, of which this process read one of `parts` parts: tokens and images, without padding and the
+    black pixels of rows without an image."""
+    readers = jax.process_count() // parts  # of each part
+    images, text = (n // readers for n in processes.total(n_images(batch), int(batch.lengths.sum())))
     return Work(seconds, waited, text + images * model.n_visual_tokens, step_flops(model, stage, images, text))
 
 

@@ -16,6 +16,8 @@ RECIPE_FILE = "recipe.json"
 OPTIMIZER = "optimizer"
 MAY_CHANGE = (
     "mesh",
+    "hosts",
+    "step_timeout",
     "init",
     "from_scratch",
     "log_every",
