@@ -143,7 +143,7 @@ def meet(config: TrainConfig) -> None:
     devices = collections.Counter(device.process_index for device in jax.devices())
     if other := [i for i, n in devices.items() if n != devices[0]]:
         raise InputError(f"process {other[0]}: got {devices[other[0]]} devices, expected {devices[0]} as process 0 has")
-    own = dataclasses.replace(config, hosts=dataclasses.replace(config.hosts, process_id=None))
+    own = dataclasses.replace(config, hosts=HostsConfig())
     recipes = [serialize.from_json(TrainConfig, text, "recipe") for text in processes.gather(serialize.to_json(own))]
     for i, recipe in enumerate(recipes):
         if changed := serialize.differences(recipes[0], recipe):
