@@ -96,11 +96,11 @@ class Watch:
 
     def leave(self, error: BaseException) -> NoReturn:
         """End this process of several after `error`, which was printed if it is a SystemExit. The others are told."""
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
         if isinstance(error, jax.errors.JaxRuntimeError):
             # So does it look here when another process died. The watch knows in a moment, and ends us too.
             self._stopped.wait(self._peer_timeout + 4 * self._beat)
-        if not isinstance(error, SystemExit):
-            traceback.print_exception(error)
         cause = error.__context__ if isinstance(error, SystemExit) and error.__context__ else error
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         self._mine = {**self._mine, "failed": f"{cause}".split("\n")[0] or type(cause).__name__}
@@ -156,7 +156,7 @@ class Watch:
             )
         for i, peer in self._peers.items():  # one beat later, for what all find fault with all report themselves
             if peer.sign["failed"] is not None and now - peer.moved > self._beat:
-                return f"process {i} ended: {peer.sign['failed']}; resume the run when that is mended"
+                return f"process {i} ended: {peer.sign['failed']}; see its log, and resume the run"
         return self._stuck(now) if self._process == 0 and self._step_timeout is not None else None
 
     def _stuck(self, now: float) -> str | None:
