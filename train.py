@@ -26,8 +26,9 @@ from ml_mamba_jax.training.inputs import open_data, open_order, open_tokenizer, 
 from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer
-from ml_mamba_jax.training.run_folder import best_so_far, find_start, restore_state, write_recipe
+from ml_mamba_jax.training.run_folder import find_start, load_reached, restore_state, write_recipe
 from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params, make_model
+from ml_mamba_jax.training.stop import Stop
 from ml_mamba_jax.training.writers import RunLog, check_installed
 
 MAX_CPU_DEVICES = 8
@@ -43,7 +44,8 @@ def main() -> None:
             dry_run(config, mesh)
         else:
             use_cores(config)
-            train(config)
+            with Stop() as stop:
+                train(config, stop)
 
 
 def use_cores(config: TrainConfig) -> None:
@@ -55,7 +57,7 @@ def use_cores(config: TrainConfig) -> None:
     jax.config.update("jax_num_cpu_devices", next(fitting, 1))
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, stop: Stop) -> None:
     folder = config.runs / config.name
     started = time.perf_counter()
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
@@ -72,10 +74,11 @@ def train(config: TrainConfig) -> None:
         for number, (stage, splits) in enumerate(zip(config.stages, data, strict=True))
     )
     lengths = tuple(map(stages.length, config.stages, orders))
-    run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths)
+    run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, stop)
     check_installed(config.writers)
-    position = stages.locate(resumed_step, lengths)
-    params, resumed = restore(run, resumed_step, position) if resumed_step else (begin(run), None)
+    position, params, resumed = (
+        restore(run, resumed_step) if resumed_step else (stages.Position(0, 0), begin(run), None)
+    )
 
     n_params = sum(a.size for a in jax.tree.leaves(params))
     print(f"{config.name}: {n_params:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)", flush=True)
@@ -85,7 +88,8 @@ def train(config: TrainConfig) -> None:
     if resumed_step:
         print(f"resumed after step {resumed_step}", flush=True)
 
-    with contextlib.closing(RunLog(folder, config, resumed_step)) as log:
+    evaluated = resumed_step - 1 if resumed is not None and resumed.to_evaluate else resumed_step
+    with contextlib.closing(RunLog(folder, config, resumed_step, evaluated)) as log:
         for number in range(position.stage, len(lengths)):
             params = take_stage(run, log, number, params, resumed)
             resumed = None
@@ -106,16 +110,18 @@ def begin(run: Run) -> dict:
     return params
 
 
-def restore(run: Run, step: int, position: stages.Position) -> tuple[dict, Resumed | None]:
-    """All parameters after `step` steps of the run and, within a stage, where it goes on."""
+def restore(run: Run, step: int) -> tuple[stages.Position, dict, Resumed | None]:
+    """Where the run stands after `step` steps, all its parameters and, within a stage, what that goes on with."""
+    reached = load_reached(run.folder, step)
+    position = stages.locate(step, run.lengths, stays=reached.to_evaluate)
     params, optimizer = abstract_params(run.model, run.mesh), None
     if position.step:
         stage, last = run.config.stages[position.stage], run.lengths[position.stage]
         trained, _ = stages.split(params, stage)
         optimizer = abstract_state(make_optimizer(stage.optim, run.model, last), trained, run.mesh).optimizer
     params, optimizer = restore_state(run.folder, step, params, optimizer)
-    within = Resumed(position.step, optimizer, best_so_far(run.folder, step)) if position.step else None
-    return params, within
+    within = Resumed(position.step, optimizer, reached.best, reached.to_evaluate) if position.step else None
+    return position, params, within
 
 
 def evaluate(run: Run, params: dict) -> None:

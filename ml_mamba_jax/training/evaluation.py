@@ -16,6 +16,7 @@ from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals
 from ml_mamba_jax.training.config import StageConfig
 from ml_mamba_jax.training.losses import target_losses
+from ml_mamba_jax.training.stop import Stop
 
 
 class Best(NamedTuple):
@@ -92,11 +93,20 @@ class Evaluator:
 
         self._losses = jax.jit(losses)
 
-    def __call__(self, params: dict) -> Evaluation:
+    def __call__(self, params: dict, stop: Stop) -> Evaluation | None:
+        """None if the run was asked to stop meanwhile."""
         place = sharding.batch_sharding(self._mesh)
-        sums = [self._losses(params, jax.device_put(batch, place)) for batch in self._batches]
-        total, count = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
-        answers = evals.answer(self._model, params, self._tokenizer, self._records, batch_size=self._batch_size)
+        total, count, answers = 0.0, 0.0, []
+        for batch in self._batches:
+            if stop.requested():
+                return None
+            loss, n = self._losses(params, jax.device_put(batch, place))
+            total, count = total + float(loss), count + float(n)
+        for start in range(0, len(self._records), self._batch_size):
+            if stop.requested():
+                return None
+            part = self._records[start : start + self._batch_size]
+            answers += evals.answer(self._model, params, self._tokenizer, part, batch_size=self._batch_size)
         return Evaluation(total / count, answers)
 
 

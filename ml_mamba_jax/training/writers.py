@@ -77,12 +77,16 @@ WRITERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiase
 
 
 class RunLog:
-    """Everything that a run reports, to all its writers: `metrics.jsonl` a line per step, `evals.jsonl` one per evaluation."""
+    """Everything that a run reports, to all its writers: `metrics.jsonl` a line per step, `evals.jsonl` one per evaluation.
 
-    def __init__(self, folder: Path, config: TrainConfig, first_step: int):
+    What was written of steps after `first_step` is dropped, and so are evaluations after the step `evaluated`.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, first_step: int, evaluated: int | None = None):
         check_installed(config.writers)
+        last_evaluated = first_step if evaluated is None else evaluated
         self._steps = MetricsLog(folder / "metrics.jsonl", first_step)
-        self._evals = MetricsLog(folder / "evals.jsonl", first_step) if config.eval_every is not None else None
+        self._evals = None if config.eval_every is None else MetricsLog(folder / "evals.jsonl", last_evaluated)
         self._others: list[Writer] = [WRITERS[name](folder, config, first_step) for name in config.writers]
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
