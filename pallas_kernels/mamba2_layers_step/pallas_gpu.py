@@ -320,6 +320,7 @@ def _one_launch(
         "filled": plgpu.Barrier(num_arrivals=1 if plan.quantized else BOXES, num_barriers=plan.stages),
         "consumed": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=plan.stages),
         "here": plgpu.Barrier(num_arrivals=COMPUTING),
+        "there": plgpu.Barrier(),
         "ready": plgpu.Barrier(num_arrivals=COMPUTING),
     }
     if plan.quantized:
@@ -434,8 +435,11 @@ def _compute(plan, refs, buffers, arrived, dt_limit, eps):
         def _():
             plgpu.barrier_wait(buffers["here"])
             plgpu.semaphore_signal(arrived, memory_scope="gpu")
+            # Only here: where a second warpgroup looked at the counter as well, blocks were seen to wait for ever.
+            plgpu.semaphore_wait(arrived, plan.blocks * (meetings + 1), decrement=False, memory_scope="gpu")
+            plgpu.barrier_arrive(buffers["there"])
 
-        plgpu.semaphore_wait(arrived, plan.blocks * (meetings + 1), decrement=False, memory_scope="gpu")
+        plgpu.barrier_wait(buffers["there"])
         return meetings + 1
 
     def one_layer(layer, carry):

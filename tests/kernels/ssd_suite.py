@@ -326,5 +326,5 @@ class KernelSSDSuite(SSDSuite):
         whole = y_and_dx(x, dy, B, C)
         for start, at in ((0, slice(None, shown)), (length - piece, slice(piece - shown, None))):
             alone = y_and_dx(*(a[:, start : start + piece] for a in (x, dy, B, C)))
-            actual = [a[:, start : start + piece][:, at] for a in whole]
-            assert_close(named(actual, "y", "dx"), named([a[:, at] for a in alone], "y", "dx"), BOUNDS["bfloat16"])
+            actual, expected = tuple(a[:, start : start + piece][:, at] for a in whole), tuple(a[:, at] for a in alone)
+            assert_close(named(actual, "y", "dx"), named(expected, "y", "dx"), BOUNDS["bfloat16"])
