@@ -28,10 +28,11 @@ from ml_mamba_jax.training.inputs import open_data, open_order, open_tokenizer, 
 from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer
-from ml_mamba_jax.training.run_folder import best_so_far, find_start, restore_state, write_recipe
+from ml_mamba_jax.training.run_folder import find_start, load_reached, restore_state, write_recipe
 from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params, make_model
+from ml_mamba_jax.training.stop import Stop
 from ml_mamba_jax.training.watch import Watch
-from ml_mamba_jax.training.writers import RunLog, check_installed
+from ml_mamba_jax.training.writers import check_installed, open_log
 
 MAX_CPU_DEVICES = 8
 
@@ -45,8 +46,8 @@ def main() -> None:
             check_batches(config, mesh)
             dry_run(config, mesh)
         else:
-            with joined(config) as watch:
-                train(config, watch)
+            with joined(config) as watch, Stop() as stop:
+                train(config, stop, watch)
 
 
 def use_cores(config: TrainConfig, n_processes: int) -> None:
@@ -58,7 +59,7 @@ def use_cores(config: TrainConfig, n_processes: int) -> None:
     jax.config.update("jax_num_cpu_devices", next(fitting, 1))
 
 
-def train(config: TrainConfig, watch: Watch) -> None:
+def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     folder = config.runs / config.name
     started = time.perf_counter()
     use_cores(config, watch.n_processes)
@@ -79,14 +80,15 @@ def train(config: TrainConfig, watch: Watch) -> None:
         )
     model = make_model(config)
     lengths = tuple(map(stages.length, config.stages, orders))
-    run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, watch)
+    run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, stop, watch)
     check_installed(config.writers)
     records = [{split: len(source) for split, source in splits.items()} for splits in data]
     found = {"step of the newest checkpoint": resumed_step, "records": records, "steps": lengths}
     check_same({**found, "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()})
     watch.at("reading the parameters" if resumed_step else "starting with new parameters", timed=False)
-    position = stages.locate(resumed_step, lengths)
-    params, resumed = restore(run, resumed_step, position) if resumed_step else (begin(run), None)
+    position, params, resumed = (
+        restore(run, resumed_step) if resumed_step else (stages.Position(0, 0), begin(run), None)
+    )
 
     n_params = sum(a.size for a in jax.tree.leaves(params))
     of_processes = f" of {n} processes" if (n := jax.process_count()) > 1 else ""
@@ -100,7 +102,8 @@ def train(config: TrainConfig, watch: Watch) -> None:
     if resumed_step:
         print(f"resumed after step {resumed_step}", flush=True)
 
-    with contextlib.closing(RunLog(folder, config, resumed_step)) as log:
+    evaluated = resumed_step - 1 if resumed is not None and resumed.to_evaluate else resumed_step
+    with contextlib.closing(open_log(folder, config, resumed_step, evaluated)) as log:
         for number in range(position.stage, len(lengths)):
             params = take_stage(run, log, number, params, resumed)
             resumed = None
@@ -123,16 +126,18 @@ def begin(run: Run) -> dict:
     return params
 
 
-def restore(run: Run, step: int, position: stages.Position) -> tuple[dict, Resumed | None]:
-    """All parameters after `step` steps of the run and, within a stage, where it goes on."""
+def restore(run: Run, step: int) -> tuple[stages.Position, dict, Resumed | None]:
+    """Where the run stands after `step` steps, all its parameters and, within a stage, what that goes on with."""
+    reached = load_reached(run.folder, step)
+    position = stages.locate(step, run.lengths, stays=reached.to_evaluate)
     params, optimizer = abstract_params(run.model, run.mesh), None
     if position.step:
         stage, last = run.config.stages[position.stage], run.lengths[position.stage]
         trained, _ = stages.split(params, stage)
         optimizer = abstract_state(make_optimizer(stage.optim, run.model, last), trained, run.mesh).optimizer
     params, optimizer = restore_state(run.folder, step, params, optimizer)
-    within = Resumed(position.step, optimizer, best_so_far(run.folder, step)) if position.step else None
-    return params, within
+    within = Resumed(position.step, optimizer, reached.best, reached.to_evaluate) if position.step else None
+    return position, params, within
 
 
 def evaluate(run: Run, params: dict) -> None:
@@ -141,9 +146,8 @@ def evaluate(run: Run, params: dict) -> None:
     print(f"answering {len(source):,} held-out questions ...", flush=True)
     started = time.perf_counter()
     run.watch.at("answering the held-out questions", timed=False)
-    answers = evals.answer_together(
-        run.model, params, run.tokenizer, source, run.mesh, batch_size=run.config.eval_batch_size
-    )
+    params = sharding.copy_to_each_process(params, run.mesh)
+    answers = evals.answer_together(run.model, params, run.tokenizer, source, batch_size=run.config.eval_batch_size)
     if not processes.is_first():
         return
     scores = evals.score(answers)

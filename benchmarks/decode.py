@@ -3,6 +3,9 @@
 Random weights in bfloat16, random prompts, all by the clock, warm, with the largest memory so far in GB:
 
 * decode: tokens per second of all rows together, --new tokens after a prompt of --prompt tokens, in one loop on the device;
+* int8: the same with the projections in 8 bits, for each of --int8; its peer is that of bfloat16;
+* answer, with --answer NAME: a whole ML-Mamba of that name, --new tokens about one image and a short question, with the time
+  that encoding the image and reading the question take;
 * prefill: tokens of a prompt per second, for each of --prefill as batch x tokens;
 * peer: the same of mamba_ssm's `MambaLMHeadModel` of the 2.7b shape (`generate(cg=True)`: CUDA graphs), with --peer;
 * bound: decode at the speed at which the device copies all weights and states once a token, prefill at its dense peak.
@@ -27,6 +30,7 @@ from ml_mamba_jax.compilation import compile_time
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.decoding import Decoding, bucket, read, write, write_in_place
 from ml_mamba_jax.model import MLMamba
+from ml_mamba_jax.quantization import quantize
 from ml_mamba_jax.sampling import Sampling
 
 DENSE_PEAK = 989e12  # floating-point operations per second of an H100 or H200 in bfloat16, NVIDIA's data sheet
@@ -40,6 +44,8 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 64], help="of decode")
     parser.add_argument("--prompt", type=int, default=800)
     parser.add_argument("--new", type=int, default=256)
+    parser.add_argument("--int8", nargs="*", type=int, default=[1], help="batches of decode with 8 bits")
+    parser.add_argument("--answer", metavar="NAME", help="a whole ML-Mamba, such as ml-mamba-3b")
     parser.add_argument("--prefill", nargs="*", default=["1x2048", "8x2048"], help="batch x tokens")
     parser.add_argument("--peer", action="store_true", help="time mamba_ssm as well")
     parser.add_argument("--long", type=int, metavar="N", help="only write N tokens")
@@ -49,7 +55,6 @@ def main() -> None:
     config = MLMambaConfig.named(args.model)
     model = MLMamba(config.replace(vision=(), connector=None, param_dtype=config.dtype))
     params = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])()
-    weights = sum(a.nbytes for a in jax.tree.leaves(params))
     copy = copy_bandwidth()
     print(f"{args.model} on {jax.devices()[0].device_kind}, JAX {jax.__version__}, copies at {copy / 1e12:.3g} TB/s")
     if args.long:
@@ -58,12 +63,22 @@ def main() -> None:
         peer = Peer() if args.peer else None
         print_row(COLUMNS)
         rows = []
+
+        def add(row: dict) -> None:
+            rows.append(row)
+            print_row([row[name] for name in COLUMNS])
+
         for batch in args.batches:
-            rows.append(decode_row(model, params, batch, args.prompt, args.new, weights, copy, peer))
-            print_row([rows[-1][name] for name in COLUMNS])
+            add(decode_row("decode", model, params, batch, args.prompt, args.new, copy, peer))
         for shape in args.prefill:
-            rows.append(prefill_row(model, params, *map(int, shape.split("x")), peer))
-            print_row([rows[-1][name] for name in COLUMNS])
+            add(prefill_row(model, params, *map(int, shape.split("x")), peer))
+        if args.int8:
+            params = quantize(params, donate=True)
+        for batch in args.int8:
+            add(decode_row("int8", model, params, batch, args.prompt, args.new, copy, peer))
+        if args.answer:
+            del params
+            add(answer_row(MLMambaConfig.named(args.answer), args.new, copy))
     result = {
         "benchmark": "decode",
         "model": args.model,
@@ -93,13 +108,34 @@ def options(model: MLMamba, capacity: int) -> dict:
     }
 
 
-def decode_row(model, params, batch: int, length: int, new: int, weights: int, copy: float, peer) -> dict:
+def decode_row(what: str, model, params, batch: int, length: int, new: int, copy: float, peer) -> dict:
     decoding = read(model, params, *prompt(batch, length))
-    states = sum(a.nbytes for a in decoding.state)
     seconds = timed(lambda: write(model, params, decoding, jax.random.key(0), new, **options(model, new)))
-    bound = batch * copy / (weights + 2 * states)
     theirs = peer.decode(batch, length, new) if peer else None
-    return row("decode", batch, new, batch * new / seconds, bound, theirs)
+    return row(what, batch, new, batch * new / seconds, decode_bound(params, decoding, copy), theirs)
+
+
+def decode_bound(params: dict, decoding: Decoding, copy: float) -> float:
+    """Tokens per second where nothing is moved but weights and states; of the embeddings a token needs one row."""
+    read_whole = {
+        name: a for name, a in params["language"].items() if name != "embedding" or "head" not in params["language"]
+    }
+    weights = sum(a.nbytes for a in jax.tree.leaves(read_whole))
+    states = sum(a.nbytes for a in decoding.state)
+    return decoding.finished.size * copy / (weights + 2 * states)
+
+
+def answer_row(config: MLMambaConfig, new: int, copy: float) -> dict:
+    model = MLMamba(config.replace(param_dtype=config.dtype))
+    params = jax.jit(lambda: model.init(jax.random.key(0), **model.dummy_inputs())["params"])()
+    images, question = model.dummy_inputs()["images"], prompt(1, 24)
+
+    def answer():
+        decoding = read(model, params, *question, images)
+        return write(model, params, decoding, jax.random.key(0), new, donate=True, **options(model, new))
+
+    bound = decode_bound(params, read(model, params, *question, images), copy)
+    return row("answer", 1, new, new / timed(answer), bound, None)
 
 
 def prefill_row(model, params, batch: int, length: int, peer) -> dict:
@@ -199,11 +235,13 @@ class Peer:
             fused_add_norm=True,
             pad_vocab_size_multiple=16,
         )
-        self._torch = torch
+        self._torch, self._decode = torch, {}
         self._model = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16).eval()
 
     def decode(self, batch: int, length: int, new: int) -> float:
-        """Tokens per second, the time to the first token taken off."""
+        """Tokens per second, the time to the first token taken off; measured once."""
+        if (batch, length, new) in self._decode:
+            return self._decode[batch, length, new]
         ids = self._torch.randint(1, 500, (batch, length), device="cuda")
 
         def generate(count):
@@ -211,7 +249,8 @@ class Peer:
                 input_ids=ids, max_length=length + count, cg=True, return_dict_in_generate=True, top_k=1
             )
 
-        return batch * (new - 1) / (self._timed(lambda: generate(new)) - self._timed(lambda: generate(1)))
+        seconds = self._timed(lambda: generate(new)) - self._timed(lambda: generate(1))
+        return self._decode.setdefault((batch, length, new), batch * (new - 1) / seconds)
 
     def prefill(self, batch: int, length: int) -> float:
         ids = self._torch.randint(1, 500, (batch, length), device="cuda")

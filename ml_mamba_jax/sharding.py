@@ -154,6 +154,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 def copy_to_each_process(tree: Any, mesh: Mesh) -> Any:
     """Arrays that are split over all processes -> the same ones whole in each, split over its own devices alone."""
     local, axes = mesh.local_mesh, ("process", *MESH_AXES)
+    if local == mesh:
+        return tree
     by_process = Mesh(mesh.devices.reshape(-1, *local.devices.shape), axes, axis_types=(AxisType.Auto,) * len(axes))
     wide = jax.tree.map(lambda a: NamedSharding(by_process, a.sharding.spec), tree)
     whole = jax.jit(lambda t: t, out_shardings=wide)(tree)

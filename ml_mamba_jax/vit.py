@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 import pallas_kernels as pk
+from ml_mamba_jax.attention import attention
 from ml_mamba_jax.config import ViTConfig
 from ml_mamba_jax.layers import ACTIVATIONS, Remat, dense, layer_norm, stack_layers, with_axes
 from ml_mamba_jax.typing import Pixels
@@ -38,7 +39,7 @@ class ViTBlock(nn.Module):
         qkv = self._dense(3 * width, ("embed", "heads"), "qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, length, 3, config.n_heads, -1), 2, 0)
         q, k, v = (pk.keep_split(a, "b n h p") for a in (q, k, v))
-        attended = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        attended = attention(q, k, v).reshape(x.shape)
         return self._dense(width, ("heads", "embed"), "attention_out")(attended)
 
     def _mlp(self, x):

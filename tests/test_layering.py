@@ -15,7 +15,7 @@ SOURCES = ("pallas_kernels", "ml_mamba_jax", "configs", "benchmarks", "examples"
 SCRIPTS = ("train.py", "convert_torch.py")
 
 FOUNDATION = {"config", "errors", "names", "serialize", "typing"}
-MODEL_SIDE = {"layers", "mamba2", "vit", "vision", "scan2d", "projector", "connector", "model"}
+MODEL_SIDE = {"attention", "layers", "mamba2", "vit", "vision", "scan2d", "projector", "connector", "model"}
 INPUTS = {"image", "prompt", "tokenizer"}
 
 # What ml_mamba_jax.data may import from its own package. No model code: data loading needs no accelerator.

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
-from ml_mamba_jax import processes, sharding
+from ml_mamba_jax import processes
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.generation import generate
 from ml_mamba_jax.image import read_image
@@ -70,15 +69,15 @@ def answer(
 
 
 def answer_together(
-    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], mesh: Mesh, *, batch_size: int
+    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], *, batch_size: int
 ) -> list[Answer]:
-    """`answer` by all processes of a run, each of which asks its part of the records. All get all answers."""
+    """`answer` by all processes of a run, with parameters that each has whole: each asks its part of the records, and all get
+    all answers."""
     n, mine = jax.process_count(), jax.process_index()
     if n == 1:
         return answer(model, params, tokenizer, records, batch_size=batch_size)
     own = [records[i] for i in range(mine, len(records), n)]
-    answers = answer(model, sharding.copy_to_each_process(params, mesh), tokenizer, own, batch_size=batch_size)
-    texts = processes.gather([item.prediction for item in answers])
+    texts = processes.gather([item.prediction for item in answer(model, params, tokenizer, own, batch_size=batch_size)])
     return [Answer(records[i], texts[i % n][i // n]) for i in range(len(records))]
 
 

@@ -16,6 +16,7 @@ from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals
 from ml_mamba_jax.training.config import StageConfig
 from ml_mamba_jax.training.losses import target_losses
+from ml_mamba_jax.training.stop import Stop
 
 
 class Best(NamedTuple):
@@ -94,12 +95,20 @@ class Evaluator:
 
         self._losses = jax.jit(losses, out_shardings=sharding.replicated(mesh))
 
-    def __call__(self, params: dict) -> Evaluation:
-        sums = [self._losses(params, sharding.place_batch(batch, self._mesh)) for batch in self._batches]
-        total, count = (sum(float(value) for value in values) for values in zip(*sums, strict=True))
-        answers = evals.answer_together(
-            self._model, params, self._tokenizer, self._records, self._mesh, batch_size=self._batch_size
-        )
+    def __call__(self, params: dict, stop: Stop) -> Evaluation | None:
+        """None if the run was asked to stop meanwhile."""
+        total, count, answers = 0.0, 0.0, []
+        for batch in self._batches:
+            if stop.requested():
+                return None
+            loss, n = self._losses(params, sharding.place_batch(batch, self._mesh))
+            total, count = total + float(loss), count + float(n)
+        params, at_once = sharding.copy_to_each_process(params, self._mesh), self._batch_size * jax.process_count()
+        for start in range(0, len(self._records), at_once):
+            if stop.requested():
+                return None
+            part = self._records[start : start + at_once]
+            answers += evals.answer_together(self._model, params, self._tokenizer, part, batch_size=self._batch_size)
         return Evaluation(total / count, answers)
 
 
