@@ -94,9 +94,9 @@ class HostsConfig:
     """Which of them this is, from 0. Default: $JAX_PROCESS_ID."""
     cluster: str | None = None
     """Ask this kind of cluster, by JAX's name for it: "k8s", "mpi4py". None: look which one it is."""
-    start_timeout: float = 300
+    start_timeout: float = 300.0
     """Seconds to wait for the others at the start."""
-    peer_timeout: float = 100
+    peer_timeout: float = 100.0
     """Seconds without a sign of life from a process after which the others end, too."""
 
 
@@ -137,7 +137,7 @@ class TrainConfig:
     """One after the other, each from the parameters of the one before and with a new optimizer."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     hosts: HostsConfig = field(default_factory=HostsConfig)
-    step_timeout: float | None = 1800
+    step_timeout: float | None = 1800.0
     """Seconds that processes may take for a step, an evaluation or a checkpoint before all end, because one of them is stuck."""
     init: tuple[Path, ...] = ()
     """Folders of runs or of converted weights to start from. Each gives the parts that it holds: language, connector, encoders."""

@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -114,6 +115,7 @@ def _start(hosts: HostsConfig, given: dict[str, str | int], watch: Watch) -> Non
     """Returns when all processes have come, or where JAX knows of no others."""
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     if given.get("process_id") == 0:
+        _check_can_listen(str(given["coordinator_address"]))
         print(f"waiting for {given['num_processes']} processes ...", flush=True)
     watch.expect(jax_distributed.global_state)
     try:
@@ -129,6 +131,18 @@ def _start(hosts: HostsConfig, given: dict[str, str | int], watch: Watch) -> Non
             raise InputError(f"hosts: {error}") from error
     except RuntimeError as error:
         raise WorkerError(f"hosts: the processes did not find each other: {str(error).splitlines()[0]}") from error
+
+
+def _check_can_listen(address: str) -> None:
+    """Raise InputError for a port that is taken: JAX's coordinator crashes on one."""
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    port = int(address.rsplit(":", 1)[1])
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        raise InputError(
+            f"hosts.coordinator_address: got port {port}, on which process 0 cannot listen ({error.strerror}); choose a free one"
+        ) from error
 
 
 def meet(config: TrainConfig) -> None:

@@ -98,8 +98,8 @@ class Watch:
         """End this process of several after `error`, which was printed if it is a SystemExit. The others are told."""
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # So does it look here when another process died. The watch knows in a moment, and ends us too.
+        if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+            # What JAX raises when another process dies while it works with it. The watch knows in a moment, and ends us too.
             self._stopped.wait(self._peer_timeout + 4 * self._beat)
         cause = error.__context__ if isinstance(error, SystemExit) and error.__context__ else error
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
