@@ -134,11 +134,17 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
         InputError: an axis that is split within a process and over several, so that parts would not be equal.
     """
     inner, local = mesh.shape["tensor"] * mesh.shape[SEQUENCE_AXIS], len(mesh.local_devices)
+    return _part_of(jax.process_index(), mesh.size, local, inner)
+
+
+def _part_of(process: int, n_devices: int, local: int, inner: int) -> tuple[int, int]:
+    """`batch_part` of a process with `local` devices, where each row of a batch is held by `inner` devices that lie together."""
     if local % inner and inner % local:
         raise InputError(
             f"mesh: got tensor x sequence = {inner} with {local} devices in a process, expected one to divide the other"
         )
-    return jax.process_index() * local // max(local, inner), mesh.size // max(local, inner)
+    together = max(local, inner)
+    return process * local // together, n_devices // together
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import faulthandler
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -60,6 +61,7 @@ class Watch:
         self._state: Any = None
         self._peers: dict[int, Peer] = {}
         self._started: float | None = None
+        self._stood_still, self._awake_since = 0.0, -math.inf
         self._stopped, self._ending = threading.Event(), threading.Lock()
 
     def expect(self, state: Any) -> None:
@@ -134,10 +136,8 @@ class Watch:
         last = time.monotonic()
         while not self._stopped.wait(self._beat / 2):
             now = time.monotonic()
-            if now - last > self._peer_timeout:
-                self._end(
-                    f"this process stood still for {now - last:.0f} s, and the others went on without it; resume the run"
-                )
+            if now - last > self._peer_timeout / 2:
+                self._stood_still, self._awake_since = now - last, now
             last = now
             if verdict := self._verdict(now):
                 if self._process == 0:
@@ -149,7 +149,10 @@ class Watch:
         """What is wrong with the run, None if nothing is."""
         if self._process and (told := self._peers[0].sign["verdict"]):
             return told
-        if silent := [i for i, peer in self._peers.items() if now - peer.heard > self._peer_timeout]:
+        silent = [i for i, peer in self._peers.items() if now - peer.heard > self._peer_timeout]
+        if silent and now - self._awake_since < self._peer_timeout:
+            return f"this process stood still for {self._stood_still:.0f} s, and the others went on without it; resume the run"
+        if silent:
             return (
                 f"{_named(silent)} missing: got no sign of life for {self._peer_timeout:.0f} s, the last while "
                 f"{self._peers[silent[0]].sign['place']}; see its log and its machine, and resume the run"
