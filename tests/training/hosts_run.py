@@ -50,12 +50,12 @@ def recipe(options: Options) -> TrainConfig:
     data = dataclasses.replace(
         digits.stages[0].data,
         folder=options.folder,
-        train_scenes=20,
+        train_scenes=24,
         test_scenes=1,
         batching=options.batching,
         row_length=64,
     )
-    optim = OptimConfig(peak_lr=1e-2, warmup=0.0)
+    optim = OptimConfig(peak_lr=1e-3, warmup=0.0)
     stage = StageConfig(
         "s",
         trains=("connector", "language") if options.sees else ("language",),
