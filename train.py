@@ -46,7 +46,7 @@ def main() -> None:
             check_batches(config, mesh)
             dry_run(config, mesh)
         else:
-            with joined(config) as watch, Stop() as stop:
+            with joined(config) as watch, Stop(watch.farewell) as stop:
                 train(config, stop, watch)
 
 

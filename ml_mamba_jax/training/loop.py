@@ -124,11 +124,13 @@ def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed
             else:
                 progress.update(step, metrics["loss"], work)
             is_best = held_out.is_due(step, end) and held_out.evaluate(step, join(state.params, frozen))
-            stopping = run.stop.requested()
-            if step % config.save_every == 0 or step == end or is_best or stopping:
-                run.watch.at(f"saving after step {step}")
-                save_state(run.folder, state, frozen, config.keep, Reached(step, held_out.best, held_out.is_pending))
-            if stopping:
+            reached = Reached(step, held_out.best, held_out.is_pending)
+            run.watch.at(f"saving or stopping after step {step}")
+            if is_due := step % config.save_every == 0 or step == end or is_best:
+                save_state(run.folder, state, frozen, config.keep, reached)
+            if run.stop.requested():  # asked here, it is known of a signal during the save too
+                if not is_due:
+                    save_state(run.folder, state, frozen, config.keep, reached)
                 raise Stopped(f"stopped after step {step}; go on with --resume")
     return join(state.params, frozen)
 

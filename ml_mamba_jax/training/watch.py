@@ -105,12 +105,18 @@ class Watch:
             self._stopped.wait(self._peer_timeout + 4 * self._beat)
         cause = error.__context__ if isinstance(error, SystemExit) and error.__context__ else error
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        self._mine = {**self._mine, "failed": f"{cause}".split("\n")[0] or type(cause).__name__}
+        self.farewell(str(cause).split("\n")[0] or type(cause).__name__)
+        self._exit(code)
+
+    def farewell(self, why: str) -> None:
+        """Tell the other processes, if there are any, why this one is about to end."""
+        if self.n_processes == 1:
+            return
+        self._mine = {**self._mine, "failed": why}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # no coordinator any more: it is missed by all
             self._publish()
         if self._process == 0:  # the others read it from here
             time.sleep(4 * self._beat)
-        self._exit(code)
 
     def _tell(self) -> None:
         while not self._stopped.is_set():

@@ -103,7 +103,7 @@ def main() -> None:
     options = tyro.cli(Options, default=Options(HostsConfig()))
     numbers = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)[:3]}
     config = TrainConfig("light", MLMambaConfig.named("tiny"), (StageConfig("none"),), **numbers)
-    with one_line_errors(), joined(config) as watch, Stop() as stop:
+    with one_line_errors(), joined(config) as watch, Stop(watch.farewell) as stop:
         meet(config)
         number = 0
         with stop.waits():

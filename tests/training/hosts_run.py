@@ -89,7 +89,7 @@ def open_noted(path: Path, open_batches, *args) -> BatchStream:
 
 def main() -> None:
     config = recipe(tyro.cli(Options))
-    with one_line_errors(), joined(config) as watch, Stop() as stop:
+    with one_line_errors(), joined(config) as watch, Stop(watch.farewell) as stop:
         path = config.runs / f"ids-{config.hosts.process_id or 0}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if not config.model.vision:

@@ -1,11 +1,12 @@
 """A run of a few steps of a small model, whose moments a test can reach.
 
-With `take`, in this process.
+With `take` in this process, with `command` in one of its own.
 """
 
 import contextlib
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -91,3 +92,19 @@ def assert_same_run(left: TrainConfig, right: TrainConfig) -> None:
     one, other = (config.runs / config.name / "evals.jsonl" for config in (left, right))
     assert one.is_file() == other.is_file() and (not one.is_file() or one.read_text() == other.read_text())
     jax.tree.map(np.testing.assert_array_equal, arrays(left), arrays(right))
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    """`train.py` as its users start it, in a process of its own, with this recipe."""
+    return [sys.executable, "-m", "tests.training.short_run", str(folder), *options]
+
+
+def main() -> None:
+    folder, *options = sys.argv[1:]
+    with quickly(), mock.patch.dict(train.RECIPES, {NAME: ("a few steps", recipe(Path(folder)))}):
+        sys.argv[1:] = [NAME, *options]
+        train.main()
+
+
+if __name__ == "__main__":
+    main()
