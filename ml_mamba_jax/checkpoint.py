@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
-from ml_mamba_jax import serialize
+from ml_mamba_jax import processes, serialize
 from ml_mamba_jax.compilation import keep_compiled_programs
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import CheckpointError, InputError
@@ -119,7 +119,7 @@ def load_params(
                 )
             wanted = jax.eval_shape(quantize, shapes)
         if places is None:
-            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), wanted)
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), wanted)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, places)
 
     return restore(folder, newest_step(folder) if step is None else step, {PARAMS: target})[PARAMS]
@@ -181,12 +181,16 @@ def save(
 ) -> None:
     """Write a checkpoint: trees of arrays by name, and JSON values. Returns when it is on disk, whole and with its manifest.
 
+    All processes of a run call it, and write their parts of the arrays into one folder.
+
     Older checkpoints beyond `keep`, but those of the steps `spare`, are deleted afterwards, never before.
     """
     final = _step_folder(folder, step)
     aside = final.with_name(f".{step}.partial")
-    for left_over in (*aside.parent.glob(".*.partial"), final):  # of a run that was killed while writing
-        shutil.rmtree(left_over, ignore_errors=True)
+    if processes.is_first():
+        for left_over in (*aside.parent.glob(".*.partial"), final):  # of a run that was killed while writing
+            shutil.rmtree(left_over, ignore_errors=True)
+    processes.barrier("checkpoint: before writing")
     with _tree_checkpointer() as checkpointer:
         for name, tree in items.items():
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -194,10 +198,20 @@ def save(
                 (aside / name).absolute(),
                 args=ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES),
             )
+    processes.barrier("checkpoint: arrays written")
+    if processes.is_first():
+        _finish(folder, step, aside, progress, keep, spare)
+    processes.barrier("checkpoint: whole")
+
+
+def _finish(
+    folder: Path, step: int, aside: Path, progress: Mapping[str, Any] | None, keep: int, spare: Collection[int]
+) -> None:
+    """What process 0 does when all have written their arrays."""
     serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress or {}), indent=1) + "\n")
     digests = {str(path.relative_to(aside)): sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
     serialize.write_text(aside / MANIFEST_FILE, json.dumps({"sha256": digests}, indent=1) + "\n")
-    aside.rename(final)
+    aside.rename(_step_folder(folder, step))
     for old in set(steps(folder)[:-keep]) - set(spare):
         shutil.rmtree(_step_folder(folder, old))
 
@@ -210,7 +224,8 @@ def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str, An
     Raises:
         CheckpointError: no such step, a file that differs from the manifest, or a tree, shape or dtype that is not the target's.
     """
-    step_folder = _verify(folder, step)
+    processes.checked_by_first(lambda: _verify(folder, step))
+    step_folder = _step_folder(folder, step)
     restored = {}
     with _checkpointer() as checkpointer:
         for name, target in targets.items():

@@ -1,16 +1,17 @@
 """The steps of a stage: read a batch, advance the state, log, save."""
 
+import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ml_mamba_jax import sharding
+from ml_mamba_jax import processes, sharding
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.order import Order
 from ml_mamba_jax.data.samples import Batch, n_images
@@ -25,10 +26,12 @@ from ml_mamba_jax.training.inputs import open_batches
 from ml_mamba_jax.training.metrics import Progress, Work
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from ml_mamba_jax.training.profiling import ProfileWindow
-from ml_mamba_jax.training.run_folder import save_state
+from ml_mamba_jax.training.run_folder import Reached, save_state
 from ml_mamba_jax.training.stages import join, split
 from ml_mamba_jax.training.step import TrainState, first_state, make_train_step
-from ml_mamba_jax.training.writers import RunLog
+from ml_mamba_jax.training.stop import Stop, Stopped
+from ml_mamba_jax.training.watch import Watch
+from ml_mamba_jax.training.writers import NoLog, RunLog
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,28 @@ class Run:
     data: tuple[dict[str, RecordSource], ...]
     orders: tuple[Order, ...]
     lengths: tuple[int, ...]
+    stop: Stop
+    watch: Watch
 
 
 class Resumed(NamedTuple):
-    """Where a stage goes on: after `first` of its steps, with the optimizer's state and the best evaluation until then."""
+    """Where a stage goes on: after `first` of its steps, with the optimizer's state and the best evaluation until then.
+
+    `to_evaluate`: these parameters were to be evaluated when the run was stopped.
+    """
 
     first: int
     optimizer: optax.OptState
     best: Best | None
+    to_evaluate: bool = False
 
 
-def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resumed | None = None) -> dict:
+def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed: Resumed | None = None) -> dict:
     """Take the steps of stage `number`, or what is left of them, to its end; returns all parameters, and takes those given.
 
     Raises:
         NonFiniteError: a loss or gradient that is NaN or infinite.
+        Stopped: the run was asked to stop; what it has reached is saved.
     """
     config, stage, last, before = run.config, run.config.stages[number], run.lengths[number], sum(run.lengths[:number])
     optimizer = make_optimizer(stage.optim, run.model, last)
@@ -67,25 +77,38 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
     if resumed is None:
         state, first, best = first_state(optimizer, trained, run.mesh), 0, None
     else:
-        first, moments, best = resumed
-        step = jax.device_put(jax.numpy.int32(first), sharding.replicated(run.mesh))
-        state = TrainState(step, trained, moments)
+        first, best = resumed.first, resumed.best
+        step = processes.place(np.int32(first), sharding.replicated(run.mesh))
+        state = TrainState(step, trained, resumed.optimizer)
     train_step = make_train_step(run.model, optimizer, run.mesh, stage)
     _announce(run, number, trained, frozen)
+    held_out = HeldOut(run, log, number, best)
+    if resumed is not None and resumed.to_evaluate:
+        held_out.evaluate(before + first, join(state.params, frozen))
+    if first == last:
+        return join(state.params, frozen)
 
-    source, order = run.data[number]["train"], run.orders[number]
-    stream = open_batches(stage, config.model, source, run.tokenizer, order, first, last)
-    evaluate = _evaluator(run, number)
-    window = ProfileWindow(run.folder / "profile", config.profile)
-    print("compiling the training step ...", flush=True)
-    started, progress = time.perf_counter(), None
-    try:
-        for step, (batch, waited) in enumerate(timed(stream), start=before + first + 1):
+    end = before + last
+    source, order, part = run.data[number]["train"], run.orders[number], sharding.batch_part(run.mesh)
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(
+            contextlib.closing(open_batches(stage, config.model, source, run.tokenizer, order, first, last, part))
+        )
+        profile = config.profile if processes.is_first() else None
+        window = stack.enter_context(contextlib.closing(ProfileWindow(run.folder / "profile", profile)))
+        print("compiling the training step ...", flush=True)
+        started, progress = time.perf_counter(), None
+        for step in range(before + first + 1, end + 1):
+            run.watch.at(f"reading the batch of step {step}")
+            batch = next(stream)
+            run.watch.at(f"taking step {step}", timed=progress is not None)  # the first is compiled
             window.before(step)
             began = time.perf_counter()
-            state, metrics = train_step(state, frozen, jax.device_put(batch, sharding.batch_sharding(run.mesh)))
+            state, metrics = train_step(state, frozen, sharding.place_batch(batch, run.mesh))
             metrics = {name: float(value) for name, value in metrics.items()}
-            work = work_of(batch, config.model, stage, waited + time.perf_counter() - began, waited)
+            work = work_of(
+                batch, config.model, stage, stream.waited + time.perf_counter() - began, stream.waited, part[1]
+            )
             if not metrics.pop("finite"):
                 raise NonFiniteError(
                     f"step {step}: got loss {metrics['loss']} and gradient norm {metrics['gradient_norm']}, expected finite "
@@ -96,24 +119,45 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
             if progress is None:
                 print(f"compiled, first step done after {time.perf_counter() - started:.1f} s", flush=True)
                 progress = Progress(step, sum(run.lengths), config.log_every, peak_of(config, run.mesh))
+                stack.callback(progress.close)
+                stack.enter_context(run.stop.waits())  # from here on there is something to save
             else:
                 progress.update(step, metrics["loss"], work)
-            is_last, is_best = step == before + last, False
-            if evaluate is not None and (step % config.eval_every == 0 or is_last):
-                found = evaluate(join(state.params, frozen))
-                now = Best(step, found.accuracy, found.loss)
-                is_best = best is None or best.is_beaten_by(now)
-                best = now if is_best else best
-                log.evaluation(step, stage.name, found)
-                print(f"step {step}: {'the best so far, ' if is_best else ''}held out {found.summary()}", flush=True)
-            if step % config.save_every == 0 or is_last or is_best:
-                save_state(run.folder, step, state, frozen, config.keep, best)
-    finally:
-        window.close()
-        stream.close()
-        if progress is not None:
-            progress.close()
+            is_best = held_out.is_due(step, end) and held_out.evaluate(step, join(state.params, frozen))
+            reached = Reached(step, held_out.best, held_out.is_pending)
+            run.watch.at(f"saving or stopping after step {step}")
+            if is_due := step % config.save_every == 0 or step == end or is_best:
+                save_state(run.folder, state, frozen, config.keep, reached)
+            if run.stop.requested():  # asked here, it is known of a signal during the save too
+                if not is_due:
+                    save_state(run.folder, state, frozen, config.keep, reached)
+                raise Stopped(f"stopped after step {step}; go on with --resume")
     return join(state.params, frozen)
+
+
+class HeldOut:
+    """The evaluations of a stage, and the `best` of them. `is_pending`: one was cut short, for the run was asked to stop."""
+
+    def __init__(self, run: Run, log: RunLog | NoLog, number: int, best: Best | None):
+        self._run, self._log, self._stage, self.best, self.is_pending = run, log, run.config.stages[number], best, False
+        self._evaluator = _evaluator(run, number)
+
+    def is_due(self, step: int, end: int) -> bool:
+        return self._evaluator is not None and (step % self._run.config.eval_every == 0 or step == end)
+
+    def evaluate(self, step: int, params: dict) -> bool:
+        """Evaluate and report; says whether it is the best so far."""
+        self._run.watch.at(f"evaluating after step {step}")
+        found = self._evaluator(params, self._run.stop)
+        self.is_pending = found is None
+        if found is None:
+            return False
+        now = Best(step, found.accuracy, found.loss)
+        is_best = self.best is None or self.best.is_beaten_by(now)
+        self.best = now if is_best else self.best
+        self._log.evaluation(step, self._stage.name, found)
+        print(f"step {step}: {'the best so far, ' if is_best else ''}held out {found.summary()}", flush=True)
+        return is_best
 
 
 def _evaluator(run: Run, number: int) -> Evaluator | None:
@@ -129,19 +173,13 @@ def _evaluator(run: Run, number: int) -> Evaluator | None:
     )
 
 
-def timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch, and the seconds that it was waited for."""
-    while True:
-        began = time.perf_counter()
-        batch = next(stream, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - began
-
-
-def work_of(batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float) -> Work:
-    """What a step on that batch did: tokens and images, without padding and the black pixels of rows without an image."""
-    images, text = n_images(batch), int(batch.lengths.sum())
+def work_of(
+    batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float, parts: int = 1
+) -> Work:
+    """What a step did on a batch, of which this process read one of `parts` parts: tokens and images, without padding and the
+    black pixels of rows without an image."""
+    readers = jax.process_count() // parts  # of each part
+    images, text = (n // readers for n in processes.total(n_images(batch), int(batch.lengths.sum())))
     return Work(seconds, waited, text + images * model.n_visual_tokens, step_flops(model, stage, images, text))
 
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import optax
 
@@ -16,6 +17,8 @@ RECIPE_FILE = "recipe.json"
 OPTIMIZER = "optimizer"
 MAY_CHANGE = (
     "mesh",
+    "hosts",
+    "step_timeout",
     "init",
     "from_scratch",
     "log_every",
@@ -67,17 +70,27 @@ def write_recipe(folder: Path, config: TrainConfig) -> None:
     serialize.write_text(folder / RECIPE_FILE, serialize.to_json(config))
 
 
-def save_state(folder: Path, step: int, state: TrainState, frozen: dict, keep: int, best: Best | None = None) -> None:
-    """A checkpoint after `step` steps of the run: all parameters, and the optimizer of the stage. The best one is kept too."""
+class Reached(NamedTuple):
+    """What a checkpoint knows of its run: the number of the next batch, the best evaluation of the stage until then, and whether
+    the parameters are still to be evaluated, because the run was stopped before that was done."""
+
+    next_batch: int
+    best: Best | None = None
+    to_evaluate: bool = False
+
+
+def save_state(folder: Path, state: TrainState, frozen: dict, keep: int, reached: Reached) -> None:
+    """A checkpoint: all parameters, and the optimizer of the stage. The best one is kept too."""
     items = {checkpoint.PARAMS: join(state.params, frozen), OPTIMIZER: state.optimizer}
-    progress = {"next_batch": step, "best": None if best is None else best._asdict()}
-    checkpoint.save(folder, step, items, progress, keep, spare=() if best is None else (best.step,))
+    best = reached.best
+    progress = reached._replace(best=None if best is None else best._asdict())._asdict()
+    checkpoint.save(folder, reached.next_batch, items, progress, keep, spare=() if best is None else (best.step,))
 
 
-def best_so_far(folder: Path, step: int) -> Best | None:
-    """The best evaluation of the stage that a checkpoint was saved in, None where there was none."""
-    found = checkpoint.load_progress(folder, step).get("best")
-    return None if found is None else Best(**found)
+def load_reached(folder: Path, step: int) -> Reached:
+    saved = checkpoint.load_progress(folder, step)
+    best = saved.get("best")
+    return Reached(**saved | {"best": None if best is None else Best(**best)})
 
 
 def restore_state(

@@ -22,10 +22,10 @@ def length(stage: StageConfig, order: Order) -> int:
     return order.n_batches(stage.epochs) if stage.steps is None else stage.steps
 
 
-def locate(step: int, lengths: Sequence[int]) -> Position:
-    """Where a run stands after `step` steps. After the last step of a stage it stands before the first of the next."""
+def locate(step: int, lengths: Sequence[int], stays: bool = False) -> Position:
+    """Where a run stands after `step` steps. After the last step of a stage it stands before the first of the next, or `stays`."""
     for number, n in enumerate(lengths):
-        if step < n:
+        if step < n or (stays and step == n):
             return Position(number, step)
         step -= n
     return Position(len(lengths), 0)

@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from ml_mamba_jax import sharding
+from ml_mamba_jax import processes, sharding
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.training.config import StageConfig, TrainConfig
 from ml_mamba_jax.training.losses import mean_loss_and_gradient
@@ -64,7 +64,7 @@ def first_state(optimizer: optax.GradientTransformation, params: dict, mesh: Mes
     """The state before the first step that trains `params`; takes them as they are."""
     target = abstract_state(optimizer, params, mesh)
     moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda a: a.sharding, target.optimizer))(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), target.step.sharding), params, moments)
+    return TrainState(processes.place(jnp.zeros((), jnp.int32), target.step.sharding), params, moments)
 
 
 def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh, stage: StageConfig):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ml_mamba_jax import serialize
+from ml_mamba_jax import processes, serialize
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.training.config import TrainConfig
 from ml_mamba_jax.training.evaluation import Evaluation
@@ -77,12 +77,16 @@ WRITERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiase
 
 
 class RunLog:
-    """Everything that a run reports, to all its writers: `metrics.jsonl` a line per step, `evals.jsonl` one per evaluation."""
+    """Everything that a run reports, to all its writers: `metrics.jsonl` a line per step, `evals.jsonl` one per evaluation.
 
-    def __init__(self, folder: Path, config: TrainConfig, first_step: int):
+    What was written of steps after `first_step` is dropped, and so are evaluations after the step `evaluated`.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, first_step: int, evaluated: int | None = None):
         check_installed(config.writers)
+        last_evaluated = first_step if evaluated is None else evaluated
         self._steps = MetricsLog(folder / "metrics.jsonl", first_step)
-        self._evals = MetricsLog(folder / "evals.jsonl", first_step) if config.eval_every is not None else None
+        self._evals = None if config.eval_every is None else MetricsLog(folder / "evals.jsonl", last_evaluated)
         self._others: list[Writer] = [WRITERS[name](folder, config, first_step) for name in config.writers]
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
@@ -101,6 +105,24 @@ class RunLog:
         for writer in (self._steps, self._evals, *self._others):
             if writer is not None:
                 writer.close()
+
+
+class NoLog:
+    """In place of a `RunLog` in the processes of a run that leave reporting to process 0."""
+
+    def step(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def evaluation(self, step: int, stage: str, found: Evaluation) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_log(folder: Path, config: TrainConfig, first_step: int, evaluated: int | None = None) -> RunLog | NoLog:
+    """The log of a run, the arguments as of `RunLog`. Close it when done."""
+    return RunLog(folder, config, first_step, evaluated) if processes.is_first() else NoLog()
 
 
 def check_installed(names: Sequence[str]) -> None:

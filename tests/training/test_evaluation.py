@@ -28,6 +28,7 @@ from ml_mamba_jax.training.config import DataConfig, OptimConfig, StageConfig
 from ml_mamba_jax.training.evals import Answer
 from ml_mamba_jax.training.evaluation import Best, Evaluation, Evaluator, held_out_batches
 from ml_mamba_jax.training.losses import target_losses
+from ml_mamba_jax.training.stop import Stop
 from ml_mamba_jax.training.writers import RunLog, check_installed
 from tests import tiny_model
 from tests.training.test_stages import SMALL
@@ -62,7 +63,7 @@ def test_every_held_out_target_counts_once():
 def test_the_held_out_loss_is_the_mean_over_targets_and_every_record_is_asked():
     mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
     evaluator = Evaluator(TINY, TOKENIZER, mesh, STAGE, RECORDS, n=4, batch_size=4)
-    found = evaluator(jax.device_put(tiny_model.params(), sharding.replicated(mesh)))
+    found = evaluator(jax.device_put(tiny_model.params(), sharding.replicated(mesh)), Stop())
     chosen = [RECORDS[i] for i in (0, 1, 3, 5)]
     assert [item.record for item in found.answers] == chosen
     (batch,) = held_out_batches(chosen, TOKENIZER, TINY.config, STAGE)
@@ -93,7 +94,7 @@ def test_the_best_checkpoint_is_kept_and_known_after_a_restart(tmp_path, monkeyp
 
     def evaluator(run, number):
         assert run.config.eval_every == 2
-        return lambda params: Evaluation(*(lambda n, loss: (loss, answers(n, 4)))(*right[next(calls)]))
+        return lambda params, stop: Evaluation(*(lambda n, loss: (loss, answers(n, 4)))(*right[next(calls)]))
 
     monkeypatch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
     monkeypatch.setattr(loop, "_evaluator", evaluator)
@@ -115,7 +116,7 @@ def test_the_best_checkpoint_is_kept_and_known_after_a_restart(tmp_path, monkeyp
             shutil.copytree(folder, tmp_path / "resumed" / "r")
 
     monkeypatch.setattr(checkpoint, "save", saved)
-    train.train(config)
+    train.train(config, Stop())
     assert kept == [[2], [4], [4, 5], [4, 8]], "of the newest one and the best; the one before went"
     shown = capsys.readouterr().out
     assert [shown.count(text) for text in ("the best so far", "held out", "75.0% of 4 right")] == [2, 4, 2]
@@ -123,7 +124,7 @@ def test_the_best_checkpoint_is_kept_and_known_after_a_restart(tmp_path, monkeyp
     assert checkpoint.load_progress(folder, 8)["best"] == {"step": 4, "accuracy": 0.75, "loss": 1.0}
 
     calls = iter((6, 8))
-    train.train(dataclasses.replace(config, runs=tmp_path / "resumed", resume=True))
+    train.train(dataclasses.replace(config, runs=tmp_path / "resumed", resume=True), Stop())
     assert checkpoint.steps(tmp_path / "resumed" / "r") == [4, 8]
     assert "the best so far" not in capsys.readouterr().out
     assert (folder / "evals.jsonl").read_text() == (tmp_path / "resumed" / "r" / "evals.jsonl").read_text()
