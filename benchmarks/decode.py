@@ -17,6 +17,7 @@ Prints a table and writes it, with versions and device, to --out as JSON.
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import time
@@ -85,6 +86,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "copy_TB_per_s": round(copy / 1e12, 3),
         "rows": rows,
     }

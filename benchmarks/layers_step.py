@@ -14,6 +14,7 @@ Prints a table and writes it, with versions and device, to --out as JSON.
 import argparse
 import functools
 import json
+import os
 import time
 from datetime import date
 from pathlib import Path
@@ -72,6 +73,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "copy_TB_per_s": round(copy / 1e12, 3),
         "unit": "ms",
         "rows": rows,

@@ -1,4 +1,8 @@
-"""A token through all layers as a loop over layers around one layer's `mamba2_step`."""
+"""A token through all layers as a loop over layers around one layer's `mamba2_step`.
+
+On NVIDIA GPUs XLA copies the weights of each layer out of their stacks before it multiplies by them, unless a flag takes
+these products to cuBLAS early: see docs/generation.md, "Weights read where they lie".
+"""
 
 import functools
 from collections.abc import Callable

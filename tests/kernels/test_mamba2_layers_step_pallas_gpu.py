@@ -1,6 +1,7 @@
 """The Mosaic GPU backend of `mamba2_layers_step`: for real with `-m gpu`; on a CPU its plan, and that it lowers."""
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -68,6 +69,22 @@ class TestLayerByLayer(Mamba2LayersStepSuite):
 
     def test_many_rows(self):
         Mamba2LayersStepSuite.check(self, self.arrays(b=20))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA of JAX 0.10 copies each layer's weights")
+def test_weights_are_read_where_they_lie():
+    """With the flag of docs/generation.md cuBLAS reads a layer's projections out of their stacks."""
+    arrays = abstract(problem(layers=5, b=32, d=1024, h=32, p=64, n=128, g=1, dtype="bfloat16"))
+    step = jax.jit(
+        lambda arrays: pk.mamba2_layers_step(**arrays, implementation="pallas_gpu"),
+        compiler_options={"xla_gpu_triton_gemm_any": False},
+    )
+    program = step.lower(arrays).compile().as_text()
+    for name in ("in_proj", "out_proj"):
+        _, rows, columns = arrays[name].shape
+        reads = re.findall(rf"= bf16\[1,{rows},{columns}\]\S* ([\w-]+)\(", program)
+        assert set(reads) == {"dynamic-slice"}, reads  # within the product; a copy would be a fusion
 
 
 def abstract(arrays):
