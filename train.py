@@ -22,11 +22,18 @@ from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
 from ml_mamba_jax.training.initial import check_given, start_from
-from ml_mamba_jax.training.inputs import open_data, open_order, open_tokenizer, row_lengths
+from ml_mamba_jax.training.inputs import fingerprints, open_data, open_order, open_tokenizer, row_lengths
 from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer
-from ml_mamba_jax.training.run_folder import find_start, load_reached, restore_state, write_recipe
+from ml_mamba_jax.training.run_folder import (
+    check_inputs,
+    find_start,
+    load_reached,
+    restore_state,
+    write_inputs,
+    write_recipe,
+)
 from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params, make_model
 from ml_mamba_jax.training.stop import Stop
 from ml_mamba_jax.training.writers import RunLog, check_installed
@@ -107,11 +114,13 @@ def begin(run: Run) -> dict:
     print("".join(f"init: {line}\n" for line in taken), end="", flush=True)
     checkpoint.write_model(run.folder, config.model, run.tokenizer)
     write_recipe(run.folder, config)
+    write_inputs(run.folder, fingerprints(config, run.tokenizer, run.data))
     return params
 
 
 def restore(run: Run, step: int) -> tuple[stages.Position, dict, Resumed | None]:
     """Where the run stands after `step` steps, all its parameters and, within a stage, what that goes on with."""
+    check_inputs(run.folder, fingerprints(run.config, run.tokenizer, run.data))
     reached = load_reached(run.folder, step)
     position = stages.locate(step, run.lengths, stays=reached.to_evaluate)
     params, optimizer = abstract_params(run.model, run.mesh), None

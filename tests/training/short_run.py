@@ -68,21 +68,21 @@ def take(config: TrainConfig) -> None:
         train.train(dataclasses.replace(config, resume=True), stop)
 
 
-def losses(config: TrainConfig) -> list[tuple[int, str]]:
-    """Bit by bit."""
+def losses(config: TrainConfig) -> list[tuple[int, str, str]]:
+    """Of every step: its number, the digest of the samples it learnt from, and its loss bit by bit."""
     lines = read_metrics(config.runs / config.name / "metrics.jsonl")
-    return [(line["step"], float(line["loss"]).hex()) for line in lines]
+    return [(line["step"], line["batch"], float(line["loss"]).hex()) for line in lines]
 
 
-def arrays(config: TrainConfig) -> dict:
-    """All that the newest checkpoint holds, parameters and optimizer."""
+def arrays(config: TrainConfig, step: int | None = None) -> dict:
+    """All that a checkpoint holds, by default the newest one: parameters and optimizer."""
     folder, here = config.runs / config.name, jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def as_saved(saved):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved)
 
     items = {checkpoint.PARAMS: as_saved, OPTIMIZER: as_saved}
-    return jax.tree.map(np.asarray, checkpoint.restore(folder, checkpoint.newest_step(folder), items))
+    return jax.tree.map(np.asarray, checkpoint.restore(folder, step or checkpoint.newest_step(folder), items))
 
 
 def assert_same_run(left: TrainConfig, right: TrainConfig) -> None:
