@@ -29,12 +29,12 @@ def check(folder: Path, step: int, names: Iterable[str] | None = None) -> None:
     try:
         text = path.read_text(encoding="utf-8")
         noted = json.loads(text)
-        expected, is_of = dict(noted["sha256"]), noted["step"]
+        expected, is_of = dict(noted["sha256"]), noted.get("step", step)  # version 0.1 did not note it
         if text != _as_text(noted):
             raise ValueError
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: step {step}: the file is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: step {step}: the file differs from what was written") from error
     if is_of != step:
         raise CheckpointError(f"{path}: step {step}: got the files of step {is_of}")

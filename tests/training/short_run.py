@@ -41,7 +41,7 @@ def recipe(folder: Path, steps: int = 8, **changes) -> TrainConfig:
 
 @contextlib.contextmanager
 def quickly(n_devices: int = 1) -> Iterator[None]:
-    """On the first devices, without pictures, and with one compilation for all runs of one recipe."""
+    """On the first devices, without pictures, and with one compilation for all runs of one recipe on one mesh."""
     with (
         mock.patch.object(
             sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:n_devices])
@@ -55,11 +55,12 @@ def quickly(n_devices: int = 1) -> Iterator[None]:
 
 class _Once:
     def __init__(self, function):
-        self._function, self._made = function, None
+        self._function, self._made = function, {}
 
-    def __call__(self, *args):
-        self._made = self._made or self._function(*args)
-        return self._made
+    def __call__(self, model, optimizer, mesh, stage):
+        if mesh not in self._made:
+            self._made[mesh] = self._function(model, optimizer, mesh, stage)
+        return self._made[mesh]
 
 
 def take(config: TrainConfig) -> None:
