@@ -6,7 +6,6 @@ Reads top to bottom: recipe -> mesh -> data -> parameters, new or restored -> st
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -24,11 +23,18 @@ from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.distributed import check_same, joined, meet
 from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
 from ml_mamba_jax.training.initial import check_given, start_from
-from ml_mamba_jax.training.inputs import open_data, open_order, open_tokenizer, row_lengths
+from ml_mamba_jax.training.inputs import fingerprints, open_data, open_order, open_tokenizer, row_lengths
 from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.optimizer import make_optimizer
-from ml_mamba_jax.training.run_folder import find_start, load_reached, restore_state, write_recipe
+from ml_mamba_jax.training.run_folder import (
+    check_inputs,
+    find_start,
+    load_reached,
+    restore_state,
+    write_inputs,
+    write_recipe,
+)
 from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params, make_model
 from ml_mamba_jax.training.stop import Stop
 from ml_mamba_jax.training.watch import Watch
@@ -66,7 +72,7 @@ def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     meet(config)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check_batches(config, mesh)
-    resumed_step = find_start(folder, config)
+    resumed_step = processes.from_first(lambda: find_start(folder, config))
     if not resumed_step:
         check_given(config)
 
@@ -82,9 +88,7 @@ def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     lengths = tuple(map(stages.length, config.stages, orders))
     run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, stop, watch)
     check_installed(config.writers)
-    records = [{split: len(source) for split, source in splits.items()} for splits in data]
-    found = {"step of the newest checkpoint": resumed_step, "records": records, "steps": lengths}
-    check_same({**found, "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()})
+    check_same({"checkpoints": checkpoint.steps(folder), "steps": lengths, **fingerprints(config, tokenizer, data)})
     watch.at("reading the parameters" if resumed_step else "starting with new parameters", timed=False)
     position, params, resumed = (
         restore(run, resumed_step) if resumed_step else (stages.Position(0, 0), begin(run), None)
@@ -123,11 +127,13 @@ def begin(run: Run) -> dict:
     if processes.is_first():
         checkpoint.write_model(run.folder, config.model, run.tokenizer)
         write_recipe(run.folder, config)
+        write_inputs(run.folder, fingerprints(config, run.tokenizer, run.data))
     return params
 
 
 def restore(run: Run, step: int) -> tuple[stages.Position, dict, Resumed | None]:
     """Where the run stands after `step` steps, all its parameters and, within a stage, what that goes on with."""
+    check_inputs(run.folder, fingerprints(run.config, run.tokenizer, run.data))
     reached = load_reached(run.folder, step)
     position = stages.locate(step, run.lengths, stays=reached.to_evaluate)
     params, optimizer = abstract_params(run.model, run.mesh), None

@@ -8,16 +8,15 @@ A folder of a run, or of converted weights:
     checkpoints/<step>/params/         parameters, by orbax
                        optimizer/      its state, in a training run
                        progress.json   JSON values that were saved with them
-                       manifest.json   SHA-256 of every file of the step
+                       manifest.json   the step, and SHA-256 of every file of it
 
 A step is written aside and renamed when it is whole. orbax does not notice a flipped bit, so every file is checked against the
-manifest before anything is read.
+manifest before anything is read: that all are there, no others, and as they were written.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
-from ml_mamba_jax import processes, serialize
+from ml_mamba_jax import manifest, processes, serialize
 from ml_mamba_jax.compilation import keep_compiled_programs
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import CheckpointError, InputError
@@ -37,7 +36,6 @@ from ml_mamba_jax.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 STEPS_FOLDER = "checkpoints"
-MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 CONVERSION_FILE = "conversion.json"
 PARAMS = "params"
@@ -133,7 +131,7 @@ class ParamsOnDisk(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, folder: Path):
-        self._path = (_verify(folder, newest_step(folder)) / PARAMS).absolute()
+        self._path = (verify(folder, newest_step(folder)) / PARAMS).absolute()
         with _checkpointer() as checkpointer:
             self.shapes = _by_path(checkpointer.metadata(self._path).item_metadata.tree)
 
@@ -184,13 +182,40 @@ def save(
     All processes of a run call it, and write their parts of the arrays into one folder.
 
     Older checkpoints beyond `keep`, but those of the steps `spare`, are deleted afterwards, never before.
+
+    Raises:
+        CheckpointError: it cannot be written, for example because the disk is full; those from before are as they were.
     """
-    final = _step_folder(folder, step)
-    aside = final.with_name(f".{step}.partial")
+    final, aside = _step_folder(folder, step), _aside(folder, step)
     if processes.is_first():
-        for left_over in (*aside.parent.glob(".*.partial"), final):  # of a run that was killed while writing
+        for left_over in aside.parent.glob(".*.partial"):  # of a run that was killed while writing or deleting
             shutil.rmtree(left_over, ignore_errors=True)
     processes.barrier("checkpoint: before writing")
+    try:
+        _write_arrays(aside, items)
+        processes.barrier("checkpoint: arrays written")
+        if processes.is_first():
+            serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress or {}), indent=1) + "\n")
+            manifest.write(aside, step)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # orbax gives what the file system says as one or the other, last in its text
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1]
+        raise CheckpointError(
+            f"{final}: cannot be written: {reason}; checkpoints from before are as they were ({_listed(folder)}): see to it and "
+            "go on with --resume"
+        ) from error
+    if processes.is_first():
+        for old in set(steps(folder)[:-keep]) - set(spare):
+            shutil.rmtree(_step_folder(folder, old).rename(_aside(folder, old)))  # renamed, for half of a step is none
+    processes.barrier("checkpoint: whole")
+
+
+def _write_arrays(aside: Path, items: Mapping[str, Any]) -> None:
     with _tree_checkpointer() as checkpointer:
         for name, tree in items.items():
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -198,33 +223,18 @@ def save(
                 (aside / name).absolute(),
                 args=ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES),
             )
-    processes.barrier("checkpoint: arrays written")
-    if processes.is_first():
-        _finish(folder, step, aside, progress, keep, spare)
-    processes.barrier("checkpoint: whole")
 
 
-def _finish(
-    folder: Path, step: int, aside: Path, progress: Mapping[str, Any] | None, keep: int, spare: Collection[int]
-) -> None:
-    """What process 0 does when all have written their arrays."""
-    serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress or {}), indent=1) + "\n")
-    digests = {str(path.relative_to(aside)): sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()}
-    serialize.write_text(aside / MANIFEST_FILE, json.dumps({"sha256": digests}, indent=1) + "\n")
-    aside.rename(_step_folder(folder, step))
-    for old in set(steps(folder)[:-keep]) - set(spare):
-        shutil.rmtree(_step_folder(folder, old))
-
-
-def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+def restore(folder: Path, step: int, targets: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:
     """Read items of a checkpoint into trees like `targets` (of `jax.ShapeDtypeStruct` with shardings).
 
-    A target may be a function that makes it of the tree that was saved.
+    A target may be a function that makes it of the tree that was saved. `verified`: its files were checked just before.
 
     Raises:
         CheckpointError: no such step, a file that differs from the manifest, or a tree, shape or dtype that is not the target's.
     """
-    processes.checked_by_first(lambda: _verify(folder, step))
+    if not verified:
+        processes.checked_by_first(lambda: verify(folder, step))
     step_folder = _step_folder(folder, step)
     restored = {}
     with _checkpointer() as checkpointer:
@@ -241,13 +251,12 @@ def restore(folder: Path, step: int, targets: Mapping[str, Any]) -> dict[str, An
 
 def load_progress(folder: Path, step: int) -> dict[str, Any]:
     """The JSON values that were saved with a checkpoint."""
-    return json.loads((_verify(folder, step) / PROGRESS_FILE).read_text(encoding="utf-8"))
+    return json.loads((verify(folder, step, [PROGRESS_FILE]) / PROGRESS_FILE).read_text(encoding="utf-8"))
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps that were written whole, in order. A step without manifest does not exist."""
-    manifests = (Path(folder) / STEPS_FOLDER).glob(f"*/{MANIFEST_FILE}")
-    return sorted(int(path.parent.name) for path in manifests if path.parent.name.isdigit())
+    """Steps that were written whole, in order. Whether they still are, `verify` says."""
+    return sorted(int(path.name) for path in (Path(folder) / STEPS_FOLDER).glob("*") if path.name.isdigit())
 
 
 def newest_step(folder: Path) -> int:
@@ -255,13 +264,18 @@ def newest_step(folder: Path) -> int:
     found = steps(folder)
     if not found:
         raise CheckpointError(
-            f"{folder}: found no checkpoint, expected {STEPS_FOLDER}/<step>/{MANIFEST_FILE}; train or convert first"
+            f"{folder}: found no checkpoint, expected a folder {STEPS_FOLDER}/<step>; train or convert first"
         )
     return found[-1]
 
 
 def _step_folder(folder: Path, step: int) -> Path:
     return Path(folder) / STEPS_FOLDER / str(step)
+
+
+def _aside(folder: Path, step: int) -> Path:
+    """Where a step is while it is written or deleted."""
+    return _step_folder(folder, step).with_name(f".{step}.partial")
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -273,33 +287,32 @@ def _tree_checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def verify(folder: Path, step: int, names: Iterable[str] | None = None) -> Path:
+    """The folder of a step, whose files are those of its manifest; or only the files `names`, if the rest is known to be.
 
-
-def _verify(folder: Path, step: int) -> Path:
-    """The folder of a step. Raises CheckpointError unless its files are those of its manifest."""
+    Raises:
+        CheckpointError: no such step; a file that is missing, does not belong there, or differs from what was written. Names it.
+    """
     step_folder = _step_folder(folder, step)
-    path = step_folder / MANIFEST_FILE
-    if not path.is_file():
-        found = ", ".join(map(str, steps(folder))) or "none"
-        raise CheckpointError(f"{folder}: found no checkpoint of step {step}, expected one of: {found}")
-    advice = f"delete {step_folder} to fall back to an older checkpoint"
+    if not step_folder.is_dir():
+        raise CheckpointError(f"{folder}: found no checkpoint of step {step}, expected one of: {_listed(folder)}")
     try:
-        expected = json.loads(path.read_text(encoding="utf-8"))["sha256"]
-        missing = [name for name in expected if not (step_folder / name).is_file()]
-        damaged = [
-            name for name, digest in expected.items() if name not in missing and sha256(step_folder / name) != digest
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: step {step}: the manifest is damaged; {advice}") from error
-    if missing:
-        raise CheckpointError(f"{step_folder / missing[0]}: step {step}: the file is missing; {advice}")
-    if damaged:
-        raise CheckpointError(f"{step_folder / damaged[0]}: step {step}: the file differs from its SHA-256; {advice}")
+        manifest.check(step_folder, step, names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; the checkpoint is damaged, take another one ({_listed(folder)})") from error
     return step_folder
+
+
+def set_aside(folder: Path, step: int) -> Path:
+    """Rename a damaged checkpoint, so that it counts as none; returns its new place."""
+    path = _step_folder(folder, step)
+    place = path.with_name(f"{step}.damaged")
+    shutil.rmtree(place, ignore_errors=True)
+    return path.rename(place)
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(map(str, steps(folder))) or "none"
 
 
 def _check_like(target: Any, saved: Any, name: str) -> None:

@@ -56,6 +56,11 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def from_first(function: Callable[[], Any]) -> Any:
+    """The JSON value that `function` returns in process 0, the only one to call it."""
+    return gather(function() if is_first() else None)[0]
+
+
 def checked_by_first(check: Callable[[], Any]) -> None:
     """Let process 0 check files that all of them are about to read. All raise the CheckpointError that it raises."""
     problem = None

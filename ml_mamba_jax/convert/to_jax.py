@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from ml_mamba_jax import checkpoint, serialize
+from ml_mamba_jax import checkpoint, manifest, serialize
 from ml_mamba_jax.convert.pieces import Piece
 from ml_mamba_jax.convert.plan import Finding, Plan
 from ml_mamba_jax.convert.report import findings as as_table
@@ -151,7 +151,7 @@ def record(source: Source, plan: Plan) -> dict:
     return {
         "kind": source.kind,
         "source": source.path.name,
-        "files": {_label(file, source): checkpoint.sha256(file) for file in [*source.files, *source.documents]},
+        "files": {_label(file, source): manifest.sha256(file) for file in [*source.files, *source.documents]},
         "param_dtype": source.config.param_dtype,
         "missing_encoders": missing_encoders(source),
         "tensors": tensors,

@@ -5,6 +5,7 @@ Batch number i holds the same rows whatever the number of workers, so a position
 
 import contextlib
 import functools
+import hashlib
 import multiprocessing
 import queue
 import signal
@@ -199,6 +200,11 @@ class BatchStream(Iterator[Batch]):
         self._closed = threading.Event()
         self._reader = threading.Thread(target=self._read, args=(iterator,), daemon=True, name="batches")
         self._reader.start()
+
+    @property
+    def digest(self) -> str:
+        """Of the ids of the records in the last batch, in their order."""
+        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:12]
 
     def __next__(self) -> Batch:
         if self._closed.is_set():

@@ -1,12 +1,18 @@
 """Random access to records on disk."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ml_mamba_jax.data.records import Record
-from ml_mamba_jax.data.shards import check_contents
+from ml_mamba_jax.data.shards import CONTENTS_FILE, check_contents
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import Turn
+
+SAMPLED = 64
+"""Records, spread over a split, that are read for its fingerprint."""
 
 
 class RecordSource(Sequence[Record]):
@@ -16,6 +22,7 @@ class RecordSource(Sequence[Record]):
         self._examples = builder.as_data_source(split)
         self.folder, self.split = Path(builder.data_dir), split
         self._name = f"{builder.info.full_name}[{split}]"
+        self._files = sorted(map(str, builder.info.splits[split].filepaths))
 
     @classmethod
     def open(cls, folder: Path, split: str) -> "RecordSource":
@@ -46,6 +53,21 @@ class RecordSource(Sequence[Record]):
             ),
             kind=example["kind"].decode(),
         )
+
+    def fingerprint(self) -> str:
+        """Tells another data set from this one, wherever it lies: by the number of records, the sizes of their files, and some of
+        the records. Of one that `ml_mamba_jax.data.prepare` wrote any change shows, for it has noted what it was made of.
+        """
+        digest = hashlib.sha256()
+        for path in map(Path, self._files):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        contents = self.folder / CONTENTS_FILE
+        digest.update(contents.read_bytes() if contents.is_file() else b"")
+        for number in np.unique(np.linspace(0, len(self) - 1, min(len(self), SAMPLED)).astype(int)):
+            record = self[int(number)]
+            digest.update(repr((record.id, record.kind, record.turns)).encode())
+            digest.update(record.image or b"")
+        return f"{len(self)} records {digest.hexdigest()[:12]}"
 
     def __repr__(self) -> str:
         return f"RecordSource({self._name}, {len(self)} records)"

@@ -175,6 +175,8 @@ class TrainConfig:
     """GiB of a device: a dry run is refused if what it needs is more."""
     resume: bool = False
     """Go on from the newest checkpoint of the run's folder, or start where there is none."""
+    strict: bool = False
+    """Do not go back to an older checkpoint where the newest is damaged."""
 
 
 def check(config: TrainConfig) -> None:

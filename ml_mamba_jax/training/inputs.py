@@ -1,6 +1,7 @@
 """What a run reads: records, the tokenizer, and batches of both."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_mamba_jax.config import MLMambaConfig
@@ -53,6 +54,17 @@ def open_tokenizer(config: TrainConfig, folder: Path, source: Sequence[Record], 
         )
     tokenizer.end_id(prompt_format)  # only for its check
     return tokenizer
+
+
+def fingerprints(
+    config: TrainConfig, tokenizer: Tokenizer, data: Sequence[Mapping[str, RecordSource]]
+) -> dict[str, str]:
+    """What tells the tokenizer of a run, and each split of each of its stages, from others."""
+    digest = hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:12]
+    found = {"tokenizer": f"{tokenizer.vocab_size} entries {digest}"}
+    for stage, splits in zip(config.stages, data, strict=True):
+        found |= {f"{stage.name}.{split}": source.fingerprint() for split, source in splits.items()}
+    return found
 
 
 def open_order(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -16,19 +15,19 @@ from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.order import Order
 from ml_mamba_jax.data.samples import Batch, n_images
 from ml_mamba_jax.data.source import RecordSource
-from ml_mamba_jax.errors import NonFiniteError
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training.config import StageConfig, TrainConfig
 from ml_mamba_jax.training.evaluation import Best, Evaluator
+from ml_mamba_jax.training.finite import LeftOut
 from ml_mamba_jax.training.flops import peak_flops, step_flops
 from ml_mamba_jax.training.inputs import open_batches
 from ml_mamba_jax.training.metrics import Progress, Work
 from ml_mamba_jax.training.optimizer import make_optimizer, make_schedule
 from ml_mamba_jax.training.profiling import ProfileWindow
-from ml_mamba_jax.training.run_folder import Reached, save_state
+from ml_mamba_jax.training.run_folder import Reached, items_of, save_state
 from ml_mamba_jax.training.stages import join, split
-from ml_mamba_jax.training.step import TrainState, first_state, make_train_step
+from ml_mamba_jax.training.step import first_state, make_train_step, resumed_state
 from ml_mamba_jax.training.stop import Stop, Stopped
 from ml_mamba_jax.training.watch import Watch
 from ml_mamba_jax.training.writers import NoLog, RunLog
@@ -66,7 +65,7 @@ def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed
     """Take the steps of stage `number`, or what is left of them, to its end; returns all parameters, and takes those given.
 
     Raises:
-        NonFiniteError: a loss or gradient that is NaN or infinite.
+        NonFiniteError: NaN or infinity, in some steps in a row or in what was to be saved.
         Stopped: the run was asked to stop; what it has reached is saved.
     """
     config, stage, last, before = run.config, run.config.stages[number], run.lengths[number], sum(run.lengths[:number])
@@ -77,9 +76,7 @@ def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed
     if resumed is None:
         state, first, best = first_state(optimizer, trained, run.mesh), 0, None
     else:
-        first, best = resumed.first, resumed.best
-        step = processes.place(np.int32(first), sharding.replicated(run.mesh))
-        state = TrainState(step, trained, resumed.optimizer)
+        state, first, best = resumed_state(trained, resumed.optimizer, run.mesh), resumed.first, resumed.best
     train_step = make_train_step(run.model, optimizer, run.mesh, stage)
     _announce(run, number, trained, frozen)
     held_out = HeldOut(run, log, number, best)
@@ -97,7 +94,7 @@ def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed
         profile = config.profile if processes.is_first() else None
         window = stack.enter_context(contextlib.closing(ProfileWindow(run.folder / "profile", profile)))
         print("compiling the training step ...", flush=True)
-        started, progress = time.perf_counter(), None
+        started, progress, left_out = time.perf_counter(), None, LeftOut()
         for step in range(before + first + 1, end + 1):
             run.watch.at(f"reading the batch of step {step}")
             batch = next(stream)
@@ -105,24 +102,26 @@ def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed
             window.before(step)
             began = time.perf_counter()
             state, metrics = train_step(state, frozen, sharding.place_batch(batch, run.mesh))
+            finite_gradient = metrics.pop("finite_gradient")
             metrics = {name: float(value) for name, value in metrics.items()}
             work = work_of(
                 batch, config.model, stage, stream.waited + time.perf_counter() - began, stream.waited, part[1]
             )
-            if not metrics.pop("finite"):
-                raise NonFiniteError(
-                    f"step {step}: got loss {metrics['loss']} and gradient norm {metrics['gradient_norm']}, expected finite "
-                    "numbers; the parameters are those of the step before; lower optim.peak-lr or look at the data"
-                )
-            metrics["learning_rate"] = float(schedule(step - before - 1))
-            log.step(step, {"stage": stage.name, **metrics, **work._asdict()})
+            if metrics.pop("finite"):
+                left_out.none()
+                metrics["learning_rate"] = float(schedule(int(state.step) - 1))
+            else:
+                ids = [id for of_one in processes.gather(stream.ids) for id in of_one]
+                left_out.one(step, metrics, finite_gradient, items_of(state, frozen), ids)
+                metrics = {"left_out": ids}
+            log.step(step, {"stage": stage.name, **metrics, "batch": stream.digest, **work._asdict()})
             if progress is None:
                 print(f"compiled, first step done after {time.perf_counter() - started:.1f} s", flush=True)
                 progress = Progress(step, sum(run.lengths), config.log_every, peak_of(config, run.mesh))
                 stack.callback(progress.close)
                 stack.enter_context(run.stop.waits())  # from here on there is something to save
             else:
-                progress.update(step, metrics["loss"], work)
+                progress.update(step, metrics.get("loss"), work)
             is_best = held_out.is_due(step, end) and held_out.evaluate(step, join(state.params, frozen))
             reached = Reached(step, held_out.best, held_out.is_pending)
             run.watch.at(f"saving or stopping after step {step}")

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 from ml_mamba_jax import processes
 from ml_mamba_jax.serialize import write_text
@@ -17,11 +17,15 @@ class MetricsLog:
     def __init__(self, path: Path, first_step: int):
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
-    def write(self, step: int, values: Mapping[str, float | str]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         self._file.close()
@@ -71,21 +75,17 @@ class Progress:
 
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def update(self, step: int, loss: float, work: Work) -> None:
-        """Report that optimizer step number `step` of the run is done."""
-        self._losses.append(loss)
+    def update(self, step: int, loss: float | None, work: Work) -> None:
+        """Report that optimizer step number `step` of the run is done; `loss` is None if it was left out."""
+        self._losses += [] if loss is None else [loss]
         self._work.append(work)
         due = step % self._log_every == 0 or step == self._steps
         if self._bar is not None:
-            recent = self._losses[-20:]
-            self._bar.set_postfix_str(
-                f"loss {sum(recent) / len(recent):.4f}, {', '.join(self._speed())}", refresh=False
-            )
+            self._bar.set_postfix_str(f"loss {_mean(self._losses[-20:])}, {', '.join(self._speed())}", refresh=False)
             self._bar.update()
         elif due:
             left = (time.perf_counter() - self._start) / (step - self._first) * (self._steps - step)
-            mean = sum(self._losses) / len(self._losses)
-            line = [f"step {step}/{self._steps}", f"loss {mean:.4f}", *self._speed(), f"{_clock(left)} left"]
+            line = [f"step {step}/{self._steps}", f"loss {_mean(self._losses)}", *self._speed(), f"{_clock(left)} left"]
             print("  ".join(line), flush=True)
         if due:
             self._losses, self._work = [], []
@@ -102,6 +102,10 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _mean(losses: list[float]) -> str:
+    return f"{sum(losses) / len(losses):.4f}" if losses else "unknown"
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,8 @@ _INK, _RIGHT, _WRONG = "#222222", "#1a7f37", "#c62828"
 
 
 def loss_curve(lines: Sequence[dict], path: Path) -> None:
-    """Loss and learning rate over steps, from the lines of `metrics.jsonl`."""
+    """Loss and learning rate over steps, from the lines of `metrics.jsonl`, without steps that were left out."""
+    lines = [line for line in lines if "left_out" not in line]
     figure, axis = _figure(8.0, 4.5)
     steps, losses = (np.asarray([line[key] for line in lines]) for key in ("step", "loss"))
     axis.plot(steps, losses, color="#9db8d9", linewidth=0.8, label="loss of a step")

@@ -1,19 +1,24 @@
 """The folder of a run: whether it may be used, what was saved in it, and where the run goes on."""
 
+import json
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
 from ml_mamba_jax import checkpoint, serialize
-from ml_mamba_jax.errors import CheckpointError, InputError
+from ml_mamba_jax.errors import CheckpointError, InputError, NonFiniteError
 from ml_mamba_jax.training.config import TrainConfig
 from ml_mamba_jax.training.evaluation import Best
+from ml_mamba_jax.training.finite import not_finite, shortened
 from ml_mamba_jax.training.stages import join
 from ml_mamba_jax.training.step import TrainState
 
 RECIPE_FILE = "recipe.json"
+INPUTS_FILE = "inputs.json"
 OPTIMIZER = "optimizer"
 MAY_CHANGE = (
     "mesh",
@@ -32,6 +37,7 @@ MAY_CHANGE = (
     "peak_tflops",
     "profile",
     "resume",
+    "strict",
     "data.folder",
     "data.workers",
 )
@@ -39,11 +45,12 @@ MAY_CHANGE = (
 
 
 def find_start(folder: Path, config: TrainConfig) -> int:
-    """The step to resume after, 0 for a new run.
+    """The step to resume after, that of the newest whole checkpoint, or 0 for a new run.
 
     Raises:
         InputError: the folder holds a run and `--resume` was not asked for.
-        CheckpointError: it holds a run of another recipe; lists the fields that differ.
+        CheckpointError: it holds a run of another recipe, with the fields that differ, or no checkpoint that is whole; with
+            `--strict`, one that is not.
     """
     steps = checkpoint.steps(folder)
     if not steps:
@@ -59,7 +66,32 @@ def find_start(folder: Path, config: TrainConfig) -> int:
         raise CheckpointError(
             f"{path}: the run was started with another recipe ({'; '.join(changed)}); choose another --name"
         )
-    return steps[-1]
+    if changed := serialize.differences(checkpoint.load_config(folder), config.model):
+        raise CheckpointError(
+            f"{folder / checkpoint.CONFIG_FILE}: differs from the run's recipe ({'; '.join(changed)}); bring it back"
+        )
+    return _newest_whole(folder, steps, config.strict)
+
+
+def _newest_whole(folder: Path, steps: list[int], strict: bool) -> int:
+    """Verifies the newest checkpoint and, while that is damaged, the one before, and sets the damaged ones aside."""
+    damaged: dict[int, CheckpointError] = {}
+    for step in reversed(steps):
+        try:
+            checkpoint.verify(folder, step)
+        except CheckpointError as error:
+            if strict:
+                raise
+            damaged[step] = error
+            continue
+        for number, error in damaged.items():
+            print(f"{error}; set aside as {checkpoint.set_aside(folder, number)}", file=sys.stderr, flush=True)
+        if damaged:
+            print(f"going back to step {step}, the newest checkpoint that is whole", file=sys.stderr, flush=True)
+        return step
+    raise CheckpointError(
+        f"{folder}: none of {len(damaged)} checkpoints is whole: {'; '.join(map(str, damaged.values()))}"
+    )
 
 
 def _may_change(difference: str) -> bool:
@@ -68,6 +100,32 @@ def _may_change(difference: str) -> bool:
 
 def write_recipe(folder: Path, config: TrainConfig) -> None:
     serialize.write_text(folder / RECIPE_FILE, serialize.to_json(config))
+
+
+def write_inputs(folder: Path, fingerprints: Mapping[str, str]) -> None:
+    serialize.write_text(folder / INPUTS_FILE, json.dumps(dict(fingerprints), indent=2) + "\n")
+
+
+def check_inputs(folder: Path, fingerprints: Mapping[str, str]) -> None:
+    """Raise CheckpointError where the data or the tokenizer are not those that the run was started with; names both."""
+    path = folder / INPUTS_FILE
+    try:
+        old = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: found no record of the data and the tokenizer that the run was started with; choose another --name"
+        ) from error
+    names = sorted(old.keys() | fingerprints.keys())
+    changed = [
+        f"{name}: {old.get(name, 'none')} -> {fingerprints.get(name, 'none')}"
+        for name in names
+        if old.get(name) != fingerprints.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path}: the run was started with other data or another tokenizer ({'; '.join(changed)}); bring them back or choose "
+            "another --name"
+        )
 
 
 class Reached(NamedTuple):
@@ -79,9 +137,23 @@ class Reached(NamedTuple):
     to_evaluate: bool = False
 
 
+def items_of(state: TrainState, frozen: dict) -> dict[str, Any]:
+    """What a checkpoint holds of a state."""
+    return {checkpoint.PARAMS: join(state.params, frozen), OPTIMIZER: state.optimizer}
+
+
 def save_state(folder: Path, state: TrainState, frozen: dict, keep: int, reached: Reached) -> None:
-    """A checkpoint: all parameters, and the optimizer of the stage. The best one is kept too."""
-    items = {checkpoint.PARAMS: join(state.params, frozen), OPTIMIZER: state.optimizer}
+    """A checkpoint: all parameters, and the optimizer of the stage. The best one is kept too.
+
+    Raises:
+        NonFiniteError: NaN or infinity in one of them; nothing is written.
+    """
+    items = items_of(state, frozen)
+    if bad := not_finite(items):
+        raise NonFiniteError(
+            f"step {reached.next_batch}: got NaN or infinity in {shortened(bad)}, expected finite numbers to save; "
+            "go on from the newest checkpoint with --resume"
+        )
     best = reached.best
     progress = reached._replace(best=None if best is None else best._asdict())._asdict()
     checkpoint.save(folder, reached.next_batch, items, progress, keep, spare=() if best is None else (best.step,))
@@ -96,7 +168,10 @@ def load_reached(folder: Path, step: int) -> Reached:
 def restore_state(
     folder: Path, step: int, params: dict, optimizer: optax.OptState | None
 ) -> tuple[dict, optax.OptState | None]:
-    """All parameters and the optimizer's state like these abstract ones; no optimizer where a new stage begins."""
+    """All parameters and the optimizer's state like these abstract ones; no optimizer where a new stage begins.
+
+    Of a checkpoint that `find_start` found whole.
+    """
     targets = {checkpoint.PARAMS: params} | ({} if optimizer is None else {OPTIMIZER: optimizer})
-    restored = checkpoint.restore(folder, step, targets)
+    restored = checkpoint.restore(folder, step, targets, verified=True)
     return restored[checkpoint.PARAMS], restored.get(OPTIMIZER)

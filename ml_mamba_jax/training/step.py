@@ -12,6 +12,7 @@ from jaxtyping import Int
 from ml_mamba_jax import processes, sharding
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.training.config import StageConfig, TrainConfig
+from ml_mamba_jax.training.finite import are_finite
 from ml_mamba_jax.training.losses import mean_loss_and_gradient
 from ml_mamba_jax.training.stages import split
 
@@ -67,13 +68,21 @@ def first_state(optimizer: optax.GradientTransformation, params: dict, mesh: Mes
     return TrainState(processes.place(jnp.zeros((), jnp.int32), target.step.sharding), params, moments)
 
 
+def resumed_state(params: dict, optimizer: optax.OptState, mesh: Mesh) -> TrainState:
+    """The state that goes on with what was saved. AdamW counts its steps, which are those of the state."""
+    counts = optax.tree_utils.tree_get_all_with_path(optimizer, "count")
+    step = jnp.int32(int(counts[0][1]))
+    return TrainState(processes.place(step, sharding.replicated(mesh)), params, optimizer)
+
+
 def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh, stage: StageConfig):
     """A jitted function (state, frozen, batch) -> (state, metrics) that takes the old state's memory.
 
-    `frozen` are the parameters that the stage does not train. A loss or gradient that is not finite leaves the state as it was.
+    `frozen` are the parameters that the stage does not train. A loss or gradient that is not finite leaves the state as it was, and
+    so does an update from which a parameter or moment would not be.
 
     Metrics are float32 scalars: `loss`, the mean over target tokens; `gradient_norm` before clipping; `targets`, their number;
-    `finite`, whether loss and gradient are.
+    `finite`, whether loss, gradient and the next state are. Beside them, `finite_gradient`: a tree of bool [], for each array.
     """
     trained, frozen = split(abstract_params(model, mesh), stage)
     shardings = jax.tree.map(lambda a: a.sharding, (abstract_state(optimizer, trained, mesh), frozen))
@@ -86,10 +95,11 @@ def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mes
         norm = optax.tree.norm(gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         following = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite_state = jnp.stack(jax.tree.leaves(are_finite((following.params, following.optimizer)))).all()
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & finite_state
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, state)
         metrics = {"loss": loss, "gradient_norm": norm, "targets": targets, "finite": finite.astype(jnp.float32)}
-        return state, metrics
+        return state, metrics | {"finite_gradient": are_finite(gradient)}
 
     return jax.jit(
         train_step,

@@ -201,7 +201,11 @@ class Watch:
                 "machine, and resume the run"
             )
         faulthandler.dump_traceback()
-        ctypes.CDLL(None).signal(signal.SIGABRT, 0)  # something else: abort() ends the process when this returns
+        self._stopped.wait(
+            self._peer_timeout + 4 * self._beat
+        )  # XLA may abort when another process dies: the watch knows
+        self.farewell("aborted")
+        ctypes.CDLL(None).signal(signal.SIGABRT, 0)  # abort() ends the process when this returns
 
     def _coordinator_answers(self) -> bool:
         host, port = self._state.coordinator_address.rsplit(":", 1)

@@ -42,7 +42,7 @@ def recipe(folder: Path, steps: int = 8, **changes) -> TrainConfig:
 
 @contextlib.contextmanager
 def quickly(n_devices: int = 1) -> Iterator[None]:
-    """On the first devices, without pictures, and with one compilation for all runs of one recipe."""
+    """On the first devices, without pictures, and with one compilation for all runs of one recipe on one mesh."""
     with (
         mock.patch.object(
             sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:n_devices])
@@ -56,11 +56,12 @@ def quickly(n_devices: int = 1) -> Iterator[None]:
 
 class _Once:
     def __init__(self, function):
-        self._function, self._made = function, None
+        self._function, self._made = function, {}
 
-    def __call__(self, *args):
-        self._made = self._made or self._function(*args)
-        return self._made
+    def __call__(self, model, optimizer, mesh, stage):
+        if mesh not in self._made:
+            self._made[mesh] = self._function(model, optimizer, mesh, stage)
+        return self._made[mesh]
 
 
 def take(config: TrainConfig) -> None:
@@ -69,21 +70,21 @@ def take(config: TrainConfig) -> None:
         train.train(dataclasses.replace(config, resume=True), stop, Watch(peer_timeout=60.0))
 
 
-def losses(config: TrainConfig) -> list[tuple[int, str]]:
-    """Bit by bit."""
+def losses(config: TrainConfig) -> list[tuple[int, str, str]]:
+    """Of every step: its number, the digest of the samples it learnt from, and its loss bit by bit."""
     lines = read_metrics(config.runs / config.name / "metrics.jsonl")
-    return [(line["step"], float(line["loss"]).hex()) for line in lines]
+    return [(line["step"], line["batch"], float(line["loss"]).hex()) for line in lines]
 
 
-def arrays(config: TrainConfig) -> dict:
-    """All that the newest checkpoint holds, parameters and optimizer."""
+def arrays(config: TrainConfig, step: int | None = None) -> dict:
+    """All that a checkpoint holds, by default the newest one: parameters and optimizer."""
     folder, here = config.runs / config.name, jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def as_saved(saved):
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved)
 
     items = {checkpoint.PARAMS: as_saved, OPTIMIZER: as_saved}
-    return jax.tree.map(np.asarray, checkpoint.restore(folder, checkpoint.newest_step(folder), items))
+    return jax.tree.map(np.asarray, checkpoint.restore(folder, step or checkpoint.newest_step(folder), items))
 
 
 def assert_same_run(left: TrainConfig, right: TrainConfig) -> None:

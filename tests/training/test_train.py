@@ -61,7 +61,7 @@ def test_a_run_leaves_everything_a_user_looks_for(straight):
     folder = straight / "runs" / "digits-vqa"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("config.json", "recipe.json", "tokenizer.json", "checkpoints"),
+        *("config.json", "recipe.json", "inputs.json", "tokenizer.json", "checkpoints"),
         *("metrics.jsonl", "loss.png", "eval.json", "samples.png", "example.png", "example.txt"),
     }
     scores = json.loads((folder / "eval.json").read_text())
