@@ -245,12 +245,12 @@ class Victim:
         log = self.folder / "metrics.jsonl"
         return log.read_bytes().count(b"\n") if log.is_file() else 0
 
-    def _partial(self) -> set[int]:
-        """Folders that are written or were left, by inode: the same name comes again."""
+    def _partial(self) -> set[tuple[int, int]]:
+        """Folders that are written or were left. The same name comes again, and so may the same inode."""
         found = set()
         for path in (self.folder / "checkpoints").glob(".*.partial"):
             with contextlib.suppress(FileNotFoundError):
-                found.add(path.stat().st_ino)
+                found.add((path.stat().st_ino, path.stat().st_ctime_ns))
         return found
 
     def is_saving(self) -> bool:
@@ -263,27 +263,30 @@ class Victim:
 
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(tmp_path, count):
-    """A third of the kills inside of saves, a third after some steps, a third at any time from the start of the process."""
+    """A third of the kills inside of saves, a third after one to six steps, a third at any time until there are more steps."""
     rng = np.random.default_rng(count)
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    options = [f"--steps={10 + 6 * count}", "--save-every=4"]
+    options = [f"--steps={10 + 8 * count}", "--save-every=4"]
     began = time.monotonic()
     subprocess.run(short_run.command(tmp_path, *options), check=True, stdout=subprocess.DEVNULL, env=environment)
     seconds = time.monotonic() - began
     in_saves = 0
     for number in range(count):
         victim = Victim(tmp_path, options, environment)
+        steps = checkpoint.steps(victim.folder)
+        target = (steps[-1] if steps else 0) + int(rng.integers(1, 7))
         if number % 3 == 0:
             victim.wait_until(victim.is_saving)
             time.sleep(rng.uniform(0, 0.05))
             in_saves += victim.is_saving()
         elif number % 3 == 1:
-            steps = checkpoint.steps(victim.folder)
-            target = (steps[-1] if steps else 0) + int(rng.integers(1, 7))
             victim.wait_until(lambda victim=victim, target=target: victim.n_steps() >= target)
         else:
-            time.sleep(rng.uniform(0, seconds))
+            end = time.monotonic() + rng.uniform(0, seconds)
+            victim.wait_until(
+                lambda victim=victim, target=target, end=end: time.monotonic() > end or victim.n_steps() >= target + 6
+            )
         victim.kill()
         for step in checkpoint.steps(victim.folder):
             checkpoint.verify(victim.folder, step)
