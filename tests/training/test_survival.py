@@ -226,6 +226,8 @@ class Victim:
 
     def __init__(self, folder: Path, options: list[str], environment: dict[str, str]):
         self.folder = folder / "killed" / short_run.NAME
+        self.log = self.folder / "metrics.jsonl"
+        self._old_log = self._started()
         self._left_over = self._partial()
         self.process = subprocess.Popen(
             short_run.command(folder, *options, f"--runs={self.folder.parent}", "--resume"),
@@ -242,8 +244,11 @@ class Victim:
             time.sleep(0.001)
 
     def n_steps(self) -> int:
-        log = self.folder / "metrics.jsonl"
-        return log.read_bytes().count(b"\n") if log.is_file() else 0
+        """0 until it has begun a log of its own, with what is left of the one before."""
+        return self.log.read_bytes().count(b"\n") if self._started() != self._old_log else 0
+
+    def _started(self) -> int | None:
+        return self.log.stat().st_ino if self.log.is_file() else None
 
     def _partial(self) -> set[tuple[int, int]]:
         """Folders that are written or were left. The same name comes again, and so may the same inode."""
