@@ -14,12 +14,13 @@ import time
 import jax
 
 from configs import RECIPES
-from ml_mamba_jax import checkpoint, serialize, sharding
+from ml_mamba_jax import checkpoint, processes, serialize, sharding
 from ml_mamba_jax.errors import InputError, one_line_errors
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.training import evals, plots, stages
 from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
+from ml_mamba_jax.training.distributed import check_same, joined, meet
 from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
 from ml_mamba_jax.training.initial import check_given, start_from
 from ml_mamba_jax.training.inputs import fingerprints, open_data, open_order, open_tokenizer, row_lengths
@@ -36,7 +37,8 @@ from ml_mamba_jax.training.run_folder import (
 )
 from ml_mamba_jax.training.step import abstract_params, abstract_state, init_params, make_model
 from ml_mamba_jax.training.stop import Stop
-from ml_mamba_jax.training.writers import RunLog, check_installed
+from ml_mamba_jax.training.watch import Watch
+from ml_mamba_jax.training.writers import check_installed, open_log
 
 MAX_CPU_DEVICES = 8
 
@@ -50,45 +52,54 @@ def main() -> None:
             check_batches(config, mesh)
             dry_run(config, mesh)
         else:
-            use_cores(config)
-            with Stop() as stop:
-                train(config, stop)
+            with joined(config) as watch, Stop(watch.farewell) as stop:
+                train(config, stop, watch)
 
 
-def use_cores(config: TrainConfig) -> None:
+def use_cores(config: TrainConfig, n_processes: int) -> None:
     """Let a CPU appear as several devices, so that a batch is split over its cores: small models gain a third in speed."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     counts = range(min(os.cpu_count() or 1, MAX_CPU_DEVICES), 0, -1)
-    fitting = (n for n in counts if all(s.batch_size % (n * s.micro_batches) == 0 for s in config.stages))
+    fitting = (n for n in counts if all(s.batch_size % (n * n_processes * s.micro_batches) == 0 for s in config.stages))
     jax.config.update("jax_num_cpu_devices", next(fitting, 1))
 
 
-def train(config: TrainConfig, stop: Stop) -> None:
+def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     folder = config.runs / config.name
     started = time.perf_counter()
+    use_cores(config, watch.n_processes)
+    meet(config)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
     check_batches(config, mesh)
-    resumed_step = find_start(folder, config)
+    resumed_step = processes.from_first(lambda: find_start(folder, config))
     if not resumed_step:
         check_given(config)
 
-    data = tuple(open_data(stage.data) for stage in config.stages)
-    tokenizer = open_tokenizer(config, folder, data[-1]["train"], resumed_step)
+    watch.at("preparing the data", timed=False)
+    with processes.first_before_others("data"):
+        data = tuple(open_data(stage.data) for stage in config.stages)
+        tokenizer = open_tokenizer(config, folder, data[-1]["train"], resumed_step)
+        orders = tuple(
+            open_order(stage, config.model, splits["train"], tokenizer, config.seed + number)
+            for number, (stage, splits) in enumerate(zip(config.stages, data, strict=True))
+        )
     model = make_model(config)
-    orders = tuple(
-        open_order(stage, config.model, splits["train"], tokenizer, config.seed + number)
-        for number, (stage, splits) in enumerate(zip(config.stages, data, strict=True))
-    )
     lengths = tuple(map(stages.length, config.stages, orders))
-    run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, stop)
+    run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, stop, watch)
     check_installed(config.writers)
+    check_same({"checkpoints": checkpoint.steps(folder), "steps": lengths, **fingerprints(config, tokenizer, data)})
+    watch.at("reading the parameters" if resumed_step else "starting with new parameters", timed=False)
     position, params, resumed = (
         restore(run, resumed_step) if resumed_step else (stages.Position(0, 0), begin(run), None)
     )
 
     n_params = sum(a.size for a in jax.tree.leaves(params))
-    print(f"{config.name}: {n_params:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s)", flush=True)
+    of_processes = f" of {n} processes" if (n := jax.process_count()) > 1 else ""
+    print(
+        f"{config.name}: {n_params:,} parameters on {mesh.size} {jax.devices()[0].platform} device(s){of_processes}",
+        flush=True,
+    )
     for stage, splits in zip(config.stages, data, strict=True):
         counts = ", ".join(f"{len(source):,} {split} records" for split, source in splits.items())
         print(f"data{f' of {stage.name}' if len(data) > 1 else ''}: {counts}", flush=True)
@@ -96,12 +107,13 @@ def train(config: TrainConfig, stop: Stop) -> None:
         print(f"resumed after step {resumed_step}", flush=True)
 
     evaluated = resumed_step - 1 if resumed is not None and resumed.to_evaluate else resumed_step
-    with contextlib.closing(RunLog(folder, config, resumed_step, evaluated)) as log:
+    with contextlib.closing(open_log(folder, config, resumed_step, evaluated)) as log:
         for number in range(position.stage, len(lengths)):
             params = take_stage(run, log, number, params, resumed)
             resumed = None
 
-    plots.loss_curve(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+    if processes.is_first():
+        plots.loss_curve(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
     if "test" in data[-1]:
         evaluate(run, params)
     print(f"{folder}: done after {time.perf_counter() - started:.0f} s")
@@ -112,9 +124,10 @@ def begin(run: Run) -> dict:
     config = run.config
     params, taken = start_from(config.init, config.model, init_params(run.model, run.mesh, config.seed))
     print("".join(f"init: {line}\n" for line in taken), end="", flush=True)
-    checkpoint.write_model(run.folder, config.model, run.tokenizer)
-    write_recipe(run.folder, config)
-    write_inputs(run.folder, fingerprints(config, run.tokenizer, run.data))
+    if processes.is_first():
+        checkpoint.write_model(run.folder, config.model, run.tokenizer)
+        write_recipe(run.folder, config)
+        write_inputs(run.folder, fingerprints(config, run.tokenizer, run.data))
     return params
 
 
@@ -138,7 +151,11 @@ def evaluate(run: Run, params: dict) -> None:
     folder, source = run.folder, run.data[-1]["test"]
     print(f"answering {len(source):,} held-out questions ...", flush=True)
     started = time.perf_counter()
-    answers = evals.answer(run.model, params, run.tokenizer, source, batch_size=run.config.eval_batch_size)
+    run.watch.at("answering the held-out questions", timed=False)
+    params = sharding.copy_to_each_process(params, run.mesh)
+    answers = evals.answer_together(run.model, params, run.tokenizer, source, batch_size=run.config.eval_batch_size)
+    if not processes.is_first():
+        return
     scores = evals.score(answers)
     serialize.write_text(
         folder / "eval.json", json.dumps({kind: s._asdict() for kind, s in scores.items()}, indent=2) + "\n"
@@ -155,10 +172,11 @@ def check_batches(config: TrainConfig, mesh) -> None:
     for stage in config.stages:
         prefix = f"{stage.name}." if len(config.stages) > 1 else ""
         parts = stage.micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]
+        hosts = f", of {n} processes" if (n := jax.process_count()) > 1 else ""
         if stage.batch_size % parts:
             raise InputError(
                 f"{prefix}batch_size: got {stage.batch_size}, expected a multiple of {parts} = micro_batches "
-                f"{stage.micro_batches} x data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}"
+                f"{stage.micro_batches} x data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}{hosts}"
             )
         for n_tokens in row_lengths(stage.data, config.model):
             sharding.check_tokens(n_tokens, mesh)

@@ -30,6 +30,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -85,6 +86,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "copy_TB_per_s": round(copy / 1e12, 3),
         "unit": "ms",
         "rows": rows,

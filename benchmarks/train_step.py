@@ -18,6 +18,7 @@ Prints a table and writes it, with versions and device, to --out as JSON.
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
 from datetime import date
@@ -84,6 +85,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "language": args.language,
         "recipe": args.recipe,
         "peer": theirs,

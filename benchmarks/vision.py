@@ -12,6 +12,7 @@ Prints a table and writes it, with versions and device, to --out as JSON.
 import argparse
 import functools
 import json
+import os
 import statistics
 import time
 from datetime import date
@@ -68,6 +69,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import time
 from datetime import date
 from pathlib import Path
@@ -67,6 +68,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "copy_TB_per_s": round(copy / 1e12, 3),
         "shape": f"{args.batch}x{args.grid}x{HEADS}x{HEAD_DIM} n{STATE}",
         "dtype": args.dtype,

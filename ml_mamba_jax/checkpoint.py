@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 
-from ml_mamba_jax import manifest, serialize
+from ml_mamba_jax import manifest, processes, serialize
 from ml_mamba_jax.compilation import keep_compiled_programs
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import CheckpointError, InputError
@@ -117,7 +117,7 @@ def load_params(
                 )
             wanted = jax.eval_shape(quantize, shapes)
         if places is None:
-            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), wanted)
+            places = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), wanted)
         return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, places)
 
     return restore(folder, newest_step(folder) if step is None else step, {PARAMS: target})[PARAMS]
@@ -179,18 +179,26 @@ def save(
 ) -> None:
     """Write a checkpoint: trees of arrays by name, and JSON values. Returns when it is on disk, whole and with its manifest.
 
+    All processes of a run call it, and write their parts of the arrays into one folder.
+
     Older checkpoints beyond `keep`, but those of the steps `spare`, are deleted afterwards, never before.
 
     Raises:
         CheckpointError: it cannot be written, for example because the disk is full; those from before are as they were.
     """
     final, aside = _step_folder(folder, step), _aside(folder, step)
-    for left_over in aside.parent.glob(".*.partial"):  # of a run that was killed while writing or deleting
-        shutil.rmtree(left_over, ignore_errors=True)
+    if processes.is_first():
+        for left_over in aside.parent.glob(".*.partial"):  # of a run that was killed while writing or deleting
+            shutil.rmtree(left_over, ignore_errors=True)
+    processes.barrier("checkpoint: before writing")
     try:
-        _write(aside, step, items, progress or {})
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        _write_arrays(aside, items)
+        processes.barrier("checkpoint: arrays written")
+        if processes.is_first():
+            serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress or {}), indent=1) + "\n")
+            manifest.write(aside, step)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
     except (
         OSError,
         ValueError,
@@ -201,12 +209,13 @@ def save(
             f"{final}: cannot be written: {reason}; checkpoints from before are as they were ({_listed(folder)}): see to it and "
             "go on with --resume"
         ) from error
-    for old in set(steps(folder)[:-keep]) - set(spare):
-        shutil.rmtree(_step_folder(folder, old).rename(_aside(folder, old)))  # renamed, for half of a step is none
+    if processes.is_first():
+        for old in set(steps(folder)[:-keep]) - set(spare):
+            shutil.rmtree(_step_folder(folder, old).rename(_aside(folder, old)))  # renamed, for half of a step is none
+    processes.barrier("checkpoint: whole")
 
 
-def _write(aside: Path, step: int, items: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-    """All files of a step, the manifest last."""
+def _write_arrays(aside: Path, items: Mapping[str, Any]) -> None:
     with _tree_checkpointer() as checkpointer:
         for name, tree in items.items():
             chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -214,8 +223,6 @@ def _write(aside: Path, step: int, items: Mapping[str, Any], progress: Mapping[s
                 (aside / name).absolute(),
                 args=ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES),
             )
-    serialize.write_text(aside / PROGRESS_FILE, json.dumps(dict(progress), indent=1) + "\n")
-    manifest.write(aside, step)
 
 
 def restore(folder: Path, step: int, targets: Mapping[str, Any], *, verified: bool = False) -> dict[str, Any]:
@@ -226,7 +233,9 @@ def restore(folder: Path, step: int, targets: Mapping[str, Any], *, verified: bo
     Raises:
         CheckpointError: no such step, a file that differs from the manifest, or a tree, shape or dtype that is not the target's.
     """
-    step_folder = _step_folder(folder, step) if verified else verify(folder, step)
+    if not verified:
+        processes.checked_by_first(lambda: verify(folder, step))
+    step_folder = _step_folder(folder, step)
     restored = {}
     with _checkpointer() as checkpointer:
         for name, target in targets.items():

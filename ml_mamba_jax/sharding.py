@@ -8,6 +8,7 @@ Inside `split_kernels` the kernels run on each device's part of the batch, the h
 import contextlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -49,7 +50,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1,
     Raises:
         InputError: sizes that do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    # Those of a process lie together, so that it holds one part of each batch.
+    devices = sorted(jax.devices(), key=lambda device: device.process_index) if devices is None else devices
     sizes = [data, fsdp, tensor, sequence]
     shown = 3 if sequence == 1 else 4
     got = f"mesh: got {' x '.join(MESH_AXES[:shown])} = {' x '.join(map(str, sizes[:shown]))}"
@@ -123,6 +125,52 @@ def check_tokens(n_tokens: int, mesh: Mesh) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over `BATCH_AXES`, the others whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): the devices of this process hold the i-th of n equal parts of a batch, those of other processes perhaps the same.
+
+    Raises:
+        InputError: an axis that is split within a process and over several, so that parts would not be equal.
+    """
+    inner, local = mesh.shape["tensor"] * mesh.shape[SEQUENCE_AXIS], len(mesh.local_devices)
+    return _part_of(jax.process_index(), mesh.size, local, inner)
+
+
+def _part_of(process: int, n_devices: int, local: int, inner: int) -> tuple[int, int]:
+    """`batch_part` of a process with `local` devices, where each row of a batch is held by `inner` devices that lie together."""
+    if local % inner and inner % local:
+        raise InputError(
+            f"mesh: got tensor x sequence = {inner} with {local} devices in a process, expected one to divide the other"
+        )
+    together = max(local, inner)
+    return process * local // together, n_devices // together
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """The part of a batch that this process has read, as `batch_part` says -> the whole batch on the mesh."""
+    sharding, (_, n) = batch_sharding(mesh), batch_part(mesh)
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, array, (n * array.shape[0], *array.shape[1:]))
+
+    return jax.tree.map(put, batch)
+
+
+def copy_to_each_process(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that are split over all processes -> the same ones whole in each, split over its own devices alone."""
+    local, axes = mesh.local_mesh, ("process", *MESH_AXES)
+    if local == mesh:
+        return tree
+    by_process = Mesh(mesh.devices.reshape(-1, *local.devices.shape), axes, axis_types=(AxisType.Auto,) * len(axes))
+    wide = jax.tree.map(lambda a: NamedSharding(by_process, a.sharding.spec), tree)
+    whole = jax.jit(lambda t: t, out_shardings=wide)(tree)
+
+    def own(array: jax.Array) -> jax.Array:
+        pieces = [shard.data for shard in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(local, array.sharding.spec), pieces)
+
+    return jax.tree.map(own, whole)
 
 
 def split_kernels(mesh: Mesh) -> contextlib.AbstractContextManager[None]:

@@ -215,3 +215,28 @@ def test_ml_mamba_3b_partitions(data, fsdp, tensor, batch_size, optimized):
     bytes_each = {"vision": 4, "connector": 12, "language": 12}  # with two moments of the optimizer, unless frozen
     expected = sum(bytes_each[part] * a.size for part in whole for a in jax.tree.leaves(whole[part]))
     assert expected / (fsdp * tensor) < int(held) < 1.15 * expected / (fsdp * tensor) + 2**23
+
+
+@pytest.mark.parametrize(
+    "local, inner, parts",
+    [
+        (4, 1, [(0, 3), (1, 3), (2, 3)]),
+        (4, 4, [(0, 3), (1, 3), (2, 3)]),
+        (2, 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (4, 8, [(0, 1), (0, 1)]),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_hold(local, inner, parts):
+    n_devices = local * len(parts)
+    assert [sharding._part_of(i, n_devices, local, inner) for i in range(len(parts))] == parts
+    held = [{device // inner for device in range(i * local, (i + 1) * local)} for i in range(len(parts))]
+    blocks = n_devices // inner
+    for rows, (part, n) in zip(held, parts, strict=True):
+        assert rows == set(range(part * blocks // n, (part + 1) * blocks // n))
+
+
+def test_rows_that_are_split_over_unequal_parts_of_processes_are_refused():
+    with pytest.raises(
+        InputError, match="got tensor x sequence = 6 with 4 devices in a process, expected one to divide"
+    ):
+        sharding._part_of(0, 12, 4, 6)

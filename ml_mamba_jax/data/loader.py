@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import grain
+import numpy as np
 
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.lengths import measure
@@ -97,7 +98,8 @@ def batches(
         order: what `make_order` gave. Default: a random one of the seed.
         max_bad: the part of the records that may be unusable. Such a record is told of on stderr, and there is nothing to learn
             where it would have stood. 0 refuses the first.
-        part: (i, n) for the i-th of n processes, which gets the i-th n-th of the rows of each batch.
+        part: (i, n) for the i-th n-th of the rows of each batch, which is all that is read. Where a batch may hold rows with and
+            without an image, all its parts have an `image_mask`.
 
     Raises:
         InputError: an empty source, rows that cannot be dealt out, or, while iterating, a record that cannot be used; names it.
@@ -107,7 +109,7 @@ def batches(
         source, tokenizer, config, batch_size=batch_size, max_tokens=max_tokens, seed=seed, form=form
     )
     if batch_size % part[1]:
-        raise InputError(f"batch_size: got {batch_size}, expected a multiple of {part[1]}, the number of processes")
+        raise InputError(f"batch_size: got {batch_size}, expected a multiple of {part[1]}, the number of parts")
     load = _Load(source, tokenizer, config, order, max_tokens, form, max_bad > 0, part)
     dataset = grain.MapDataset.range(first, last).map(load)
     threads = 1 if workers else min(max(2, default_workers()), MAX_THREADS)  # each is busy with a batch of its own
@@ -162,7 +164,10 @@ class _Load:
         if isinstance(self._order, PackedOrder):
             return collate_packed(rows, self._config, self._pad_id, plan.length, self._order.image_slots)
         alone = [row[0] if row else None for row in rows]
-        return collate(alone, self._config, self._pad_id, plan.length, has_image=plan.has_image)
+        batch = collate(alone, self._config, self._pad_id, plan.length, has_image=plan.has_image)
+        if self._part[1] > 1 and plan.has_image is None and batch.images and batch.image_mask is None:
+            return batch._replace(image_mask=np.ones(len(alone), bool))  # other parts may have rows without an image
+        return batch
 
     def _sample(self, number: int, ids: list[str], problems: list[tuple[str, str]]) -> Sample | None:
         record = self._source[number]

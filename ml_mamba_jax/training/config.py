@@ -82,6 +82,24 @@ class MeshConfig:
     """Parts of the tokens that the language model reads, for long rows."""
 
 
+@dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a run on several hosts. On TPU pods, with SLURM and Open MPI each of them knows its place by itself."""
+
+    coordinator_address: str | None = None
+    """HOST:PORT at which all reach process 0. Default: $JAX_COORDINATOR_ADDRESS."""
+    num_processes: int | None = None
+    """How many processes there are. Default: $JAX_NUM_PROCESSES."""
+    process_id: int | None = None
+    """Which of them this is, from 0. Default: $JAX_PROCESS_ID."""
+    cluster: str | None = None
+    """Ask this kind of cluster, by JAX's name for it: "k8s", "mpi4py". None: look which one it is."""
+    start_timeout: float = 300.0
+    """Seconds to wait for the others at the start."""
+    peer_timeout: float = 100.0
+    """Seconds without a sign of life from a process after which the others end, too."""
+
+
 Part = Literal["vision", "connector", "language"]
 ALIGN: tuple[Part, ...] = ("connector",)
 FINETUNE: tuple[Part, ...] = ("connector", "language")
@@ -118,6 +136,9 @@ class TrainConfig:
     stages: Suppress[tuple[StageConfig, ...]]
     """One after the other, each from the parameters of the one before and with a new optimizer."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    step_timeout: float | None = 1800.0
+    """Seconds that processes may take for a step, an evaluation or a checkpoint before all end, because one of them is stuck."""
     init: tuple[Path, ...] = ()
     """Folders of runs or of converted weights to start from. Each gives the parts that it holds: language, connector, encoders."""
     from_scratch: bool = False
@@ -168,8 +189,10 @@ def check(config: TrainConfig) -> None:
         raise InputError(
             f"profile: got steps {config.profile[0]} to {config.profile[1]}, expected two steps in order, from 1"
         )
-    for name in ("device_memory", "peak_tflops"):
-        if (value := getattr(config, name)) is not None and not value > 0:
+    numbers = {name: getattr(config, name) for name in ("device_memory", "peak_tflops", "step_timeout")}
+    numbers |= {f"hosts.{name}": getattr(config.hosts, name) for name in ("start_timeout", "peer_timeout")}
+    for name, value in numbers.items():
+        if value is not None and not value > 0:
             raise InputError(f"{name}: got {value}, expected more than 0")
     if Path(config.name).name != config.name or not config.name:
         raise InputError(f"name: got {config.name!r}, expected the name of a folder")

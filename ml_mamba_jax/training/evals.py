@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
+from ml_mamba_jax import processes
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.generation import generate
 from ml_mamba_jax.image import read_image
@@ -63,6 +66,19 @@ def answer(
         )
         answers += [Answer(record, text) for record, text in zip(part, predictions, strict=False)]
     return answers
+
+
+def answer_together(
+    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], *, batch_size: int
+) -> list[Answer]:
+    """`answer` by all processes of a run, with parameters that each has whole: each asks its part of the records, and all get
+    all answers."""
+    n, mine = jax.process_count(), jax.process_index()
+    if n == 1:
+        return answer(model, params, tokenizer, records, batch_size=batch_size)
+    own = [records[i] for i in range(mine, len(records), n)]
+    texts = processes.gather([item.prediction for item in answer(model, params, tokenizer, own, batch_size=batch_size)])
+    return [Answer(records[i], texts[i % n][i // n]) for i in range(len(records))]
 
 
 def by_kind(answers: Sequence[Answer]) -> dict[str, list[Answer]]:

@@ -85,28 +85,30 @@ class Evaluator:
         self._model, self._tokenizer, self._mesh, self._batch_size = model, tokenizer, mesh, batch_size
         chosen = np.unique(np.linspace(0, len(source) - 1, min(n, len(source))).astype(int))
         self._records = [source[int(i)] for i in chosen]
-        self._batches = held_out_batches(self._records, tokenizer, model.config, stage)
+        part, n = sharding.batch_part(mesh)
+        whole = held_out_batches(self._records, tokenizer, model.config, stage)
+        self._batches = [jax.tree.map(lambda a: np.split(a, n)[part], batch) for batch in whole]
 
         def losses(params: dict, batch: Batch):
             with sharding.split_kernels(mesh):
                 return target_losses(model, params, batch)
 
-        self._losses = jax.jit(losses)
+        self._losses = jax.jit(losses, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: dict, stop: Stop) -> Evaluation | None:
         """None if the run was asked to stop meanwhile."""
-        place = sharding.batch_sharding(self._mesh)
         total, count, answers = 0.0, 0.0, []
         for batch in self._batches:
             if stop.requested():
                 return None
-            loss, n = self._losses(params, jax.device_put(batch, place))
+            loss, n = self._losses(params, sharding.place_batch(batch, self._mesh))
             total, count = total + float(loss), count + float(n)
-        for start in range(0, len(self._records), self._batch_size):
+        params, at_once = sharding.copy_to_each_process(params, self._mesh), self._batch_size * jax.process_count()
+        for start in range(0, len(self._records), at_once):
             if stop.requested():
                 return None
-            part = self._records[start : start + self._batch_size]
-            answers += evals.answer(self._model, params, self._tokenizer, part, batch_size=self._batch_size)
+            part = self._records[start : start + at_once]
+            answers += evals.answer_together(self._model, params, self._tokenizer, part, batch_size=self._batch_size)
         return Evaluation(total / count, answers)
 
 

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ml_mamba_jax import checkpoint, lora, serialize
+from ml_mamba_jax import checkpoint, lora, processes, serialize
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -44,7 +43,7 @@ def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> 
         found = flatten_dict(lora.merge(loaded, their_config)[0] if folds else loaded, sep="/")
         for path, array in found.items():
             if path.startswith(tuple(f"{name}/" for name in shared)):
-                flat[path] = jax.device_put(array.astype(flat[path].dtype), flat[path].sharding)
+                flat[path] = processes.place(array.astype(flat[path].dtype), flat[path].sharding)
         lines.append(f"{', '.join(shared)} from {folder}")
     return unflatten_dict(flat, sep="/"), lines
 

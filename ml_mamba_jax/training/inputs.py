@@ -94,8 +94,9 @@ def open_batches(
     order: Order,
     first: int,
     last: int,
+    part: tuple[int, int] = (0, 1),
 ) -> BatchStream:
-    """Batches number `first` to `last - 1` of a stage. Close it when done."""
+    """Batches number `first` to `last - 1` of a stage, of each the rows that are the i-th of n parts. Close it when done."""
     data = stage.data
     return batches(
         source,
@@ -109,6 +110,7 @@ def open_batches(
         form=data.form,
         workers=data.workers,
         max_bad=data.max_bad,
+        part=part,
     )
 
 

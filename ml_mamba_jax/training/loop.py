@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from ml_mamba_jax import sharding
+from ml_mamba_jax import processes, sharding
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.order import Order
 from ml_mamba_jax.data.samples import Batch, n_images
@@ -30,7 +29,8 @@ from ml_mamba_jax.training.run_folder import Reached, items_of, save_state
 from ml_mamba_jax.training.stages import join, split
 from ml_mamba_jax.training.step import first_state, make_train_step, resumed_state
 from ml_mamba_jax.training.stop import Stop, Stopped
-from ml_mamba_jax.training.writers import RunLog
+from ml_mamba_jax.training.watch import Watch
+from ml_mamba_jax.training.writers import NoLog, RunLog
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Run:
     orders: tuple[Order, ...]
     lengths: tuple[int, ...]
     stop: Stop
+    watch: Watch
 
 
 class Resumed(NamedTuple):
@@ -60,7 +61,7 @@ class Resumed(NamedTuple):
     to_evaluate: bool = False
 
 
-def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resumed | None = None) -> dict:
+def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed: Resumed | None = None) -> dict:
     """Take the steps of stage `number`, or what is left of them, to its end; returns all parameters, and takes those given.
 
     Raises:
@@ -85,27 +86,34 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
         return join(state.params, frozen)
 
     end = before + last
-    source, order = run.data[number]["train"], run.orders[number]
+    source, order, part = run.data[number]["train"], run.orders[number], sharding.batch_part(run.mesh)
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(
-            contextlib.closing(open_batches(stage, config.model, source, run.tokenizer, order, first, last))
+            contextlib.closing(open_batches(stage, config.model, source, run.tokenizer, order, first, last, part))
         )
-        window = stack.enter_context(contextlib.closing(ProfileWindow(run.folder / "profile", config.profile)))
+        profile = config.profile if processes.is_first() else None
+        window = stack.enter_context(contextlib.closing(ProfileWindow(run.folder / "profile", profile)))
         print("compiling the training step ...", flush=True)
         started, progress, left_out = time.perf_counter(), None, LeftOut()
-        for step, (batch, waited) in enumerate(timed(stream), start=before + first + 1):
+        for step in range(before + first + 1, end + 1):
+            run.watch.at(f"reading the batch of step {step}")
+            batch = next(stream)
+            run.watch.at(f"taking step {step}", timed=progress is not None)  # the first is compiled
             window.before(step)
             began = time.perf_counter()
-            state, metrics = train_step(state, frozen, jax.device_put(batch, sharding.batch_sharding(run.mesh)))
+            state, metrics = train_step(state, frozen, sharding.place_batch(batch, run.mesh))
             finite_gradient = metrics.pop("finite_gradient")
             metrics = {name: float(value) for name, value in metrics.items()}
-            work = work_of(batch, config.model, stage, waited + time.perf_counter() - began, waited)
+            work = work_of(
+                batch, config.model, stage, stream.waited + time.perf_counter() - began, stream.waited, part[1]
+            )
             if metrics.pop("finite"):
                 left_out.none()
                 metrics["learning_rate"] = float(schedule(int(state.step) - 1))
             else:
-                left_out.one(step, metrics, finite_gradient, items_of(state, frozen), stream.ids)
-                metrics = {"left_out": stream.ids}
+                ids = [id for of_one in processes.gather(stream.ids) for id in of_one]
+                left_out.one(step, metrics, finite_gradient, items_of(state, frozen), ids)
+                metrics = {"left_out": ids}
             log.step(step, {"stage": stage.name, **metrics, "batch": stream.digest, **work._asdict()})
             if progress is None:
                 print(f"compiled, first step done after {time.perf_counter() - started:.1f} s", flush=True)
@@ -116,6 +124,7 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
                 progress.update(step, metrics.get("loss"), work)
             is_best = held_out.is_due(step, end) and held_out.evaluate(step, join(state.params, frozen))
             reached = Reached(step, held_out.best, held_out.is_pending)
+            run.watch.at(f"saving or stopping after step {step}")
             if is_due := step % config.save_every == 0 or step == end or is_best:
                 save_state(run.folder, state, frozen, config.keep, reached)
             if run.stop.requested():  # asked here, it is known of a signal during the save too
@@ -128,7 +137,7 @@ def take_stage(run: Run, log: RunLog, number: int, params: dict, resumed: Resume
 class HeldOut:
     """The evaluations of a stage, and the `best` of them. `is_pending`: one was cut short, for the run was asked to stop."""
 
-    def __init__(self, run: Run, log: RunLog, number: int, best: Best | None):
+    def __init__(self, run: Run, log: RunLog | NoLog, number: int, best: Best | None):
         self._run, self._log, self._stage, self.best, self.is_pending = run, log, run.config.stages[number], best, False
         self._evaluator = _evaluator(run, number)
 
@@ -137,6 +146,7 @@ class HeldOut:
 
     def evaluate(self, step: int, params: dict) -> bool:
         """Evaluate and report; says whether it is the best so far."""
+        self._run.watch.at(f"evaluating after step {step}")
         found = self._evaluator(params, self._run.stop)
         self.is_pending = found is None
         if found is None:
@@ -162,19 +172,13 @@ def _evaluator(run: Run, number: int) -> Evaluator | None:
     )
 
 
-def timed(stream: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch, and the seconds that it was waited for."""
-    while True:
-        began = time.perf_counter()
-        batch = next(stream, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - began
-
-
-def work_of(batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float) -> Work:
-    """What a step on that batch did: tokens and images, without padding and the black pixels of rows without an image."""
-    images, text = n_images(batch), int(batch.lengths.sum())
+def work_of(
+    batch: Batch, model: MLMambaConfig, stage: StageConfig, seconds: float, waited: float, parts: int = 1
+) -> Work:
+    """What a step did on a batch, of which this process read one of `parts` parts: tokens and images, without padding and the
+    black pixels of rows without an image."""
+    readers = jax.process_count() // parts  # of each part
+    images, text = (n // readers for n in processes.total(n_images(batch), int(batch.lengths.sum())))
     return Work(seconds, waited, text + images * model.n_visual_tokens, step_flops(model, stage, images, text))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_mamba_jax import processes
 from ml_mamba_jax.serialize import write_text
 
 
@@ -69,7 +70,7 @@ class Progress:
         self._losses: list[float] = []
         self._work: list[Work] = []
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and processes.is_first():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)

@@ -22,6 +22,8 @@ INPUTS_FILE = "inputs.json"
 OPTIMIZER = "optimizer"
 MAY_CHANGE = (
     "mesh",
+    "hosts",
+    "step_timeout",
     "init",
     "from_scratch",
     "log_every",

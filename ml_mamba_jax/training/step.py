@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from ml_mamba_jax import sharding
+from ml_mamba_jax import processes, sharding
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.training.config import StageConfig, TrainConfig
 from ml_mamba_jax.training.finite import are_finite
@@ -65,14 +65,14 @@ def first_state(optimizer: optax.GradientTransformation, params: dict, mesh: Mes
     """The state before the first step that trains `params`; takes them as they are."""
     target = abstract_state(optimizer, params, mesh)
     moments = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda a: a.sharding, target.optimizer))(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), target.step.sharding), params, moments)
+    return TrainState(processes.place(jnp.zeros((), jnp.int32), target.step.sharding), params, moments)
 
 
 def resumed_state(params: dict, optimizer: optax.OptState, mesh: Mesh) -> TrainState:
     """The state that goes on with what was saved. AdamW counts its steps, which are those of the state."""
     counts = optax.tree_utils.tree_get_all_with_path(optimizer, "count")
     step = jnp.int32(int(counts[0][1]))
-    return TrainState(jax.device_put(step, sharding.replicated(mesh)), params, optimizer)
+    return TrainState(processes.place(step, sharding.replicated(mesh)), params, optimizer)
 
 
 def make_train_step(model: MLMamba, optimizer: optax.GradientTransformation, mesh: Mesh, stage: StageConfig):

@@ -14,8 +14,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+import jax
+
+from ml_mamba_jax import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DEAF_AFTER = 2.0
@@ -29,12 +33,14 @@ class Stopped(BaseException):
 class Stop:
     """Listens to the signals inside `with`, in the main thread, and ends the block when the run has `Stopped`.
 
-    Without `with`, nothing is ever requested.
+    Of several processes of a run each listens, and what one hears all do. Without `with`, nothing is ever requested.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, farewell: Callable[[str], None] = lambda _: None) -> None:
+        """`farewell` is given the last words of a process that ends while XLA compiles."""
         self._signal: signal.Signals | None = None
-        self._waits = False
+        self._farewell = farewell
+        self._waits = self._agreed = False
         self._heard = threading.Event()
         self._before: dict[signal.Signals, object] = {}
 
@@ -52,11 +58,14 @@ class Stop:
         self._wakeup.close()  # which ends the thread
         if isinstance(error, Stopped):
             print(error, flush=True)
+            if jax.process_count() > 1 and not self._agreed:
+                raise SystemExit(0)  # the others have not heard, and are to be told
         return isinstance(error, Stopped)
 
     def requested(self) -> bool:
-        """Whether the run was asked to stop. Once it was, it stays so."""
-        return self._signal is not None
+        """Whether the run, in any of its processes, was asked to stop. Once it was, it stays so. All processes ask together."""
+        self._agreed = self._agreed or processes.total(self._signal is not None)[0] > 0
+        return self._agreed
 
     @contextlib.contextmanager
     def waits(self) -> Iterator[None]:
@@ -80,7 +89,9 @@ class Stop:
         with self._arrivals as arrivals:
             while number := arrivals.recv(1):
                 if not self._waits and not self._heard.wait(DEAF_AFTER):
-                    print(f"stopped by {signal.Signals(number[0]).name}", flush=True)
+                    words = f"stopped by {signal.Signals(number[0]).name}"
+                    print(words, flush=True)
+                    self._farewell(words)
                     for worker in multiprocessing.active_children():
                         worker.kill()
                     os._exit(0)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ml_mamba_jax import serialize
+from ml_mamba_jax import processes, serialize
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.training.config import TrainConfig
 from ml_mamba_jax.training.evaluation import Evaluation
@@ -105,6 +105,24 @@ class RunLog:
         for writer in (self._steps, self._evals, *self._others):
             if writer is not None:
                 writer.close()
+
+
+class NoLog:
+    """In place of a `RunLog` in the processes of a run that leave reporting to process 0."""
+
+    def step(self, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def evaluation(self, step: int, stage: str, found: Evaluation) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def open_log(folder: Path, config: TrainConfig, first_step: int, evaluated: int | None = None) -> RunLog | NoLog:
+    """The log of a run, the arguments as of `RunLog`. Close it when done."""
+    return RunLog(folder, config, first_step, evaluated) if processes.is_first() else NoLog()
 
 
 def check_installed(names: Sequence[str]) -> None:

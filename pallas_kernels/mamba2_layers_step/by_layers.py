@@ -1,5 +1,10 @@
-"""A token through all layers as a loop over layers around one layer's `mamba2_step`."""
+"""A token through all layers as a loop over layers around one layer's `mamba2_step`.
 
+On NVIDIA GPUs XLA copies the weights of each layer out of their stacks before it multiplies by them, unless a flag takes
+these products to cuBLAS early: see docs/generation.md, "Weights read where they lie".
+"""
+
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -70,11 +75,12 @@ def by_layers(mamba2_step: Callable) -> Callable:
 
 
 def product(x, weights, scale=None):
-    """In the dtype of x; that of quantised weights is scaled in float32 at least."""
+    """In the dtype of x, float32 without shortcuts; that of quantised weights is scaled in float32 at least."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    multiply = functools.partial(jnp.matmul, x, weights.astype(x.dtype), precision=precision)
     if scale is None:
-        return x @ weights.astype(x.dtype)
-    accumulated = jnp.promote_types(x.dtype, jnp.float32)
-    y = jnp.matmul(x, weights.astype(x.dtype), preferred_element_type=accumulated)
+        return multiply()
+    y = multiply(preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
     return (y * scale[None]).astype(x.dtype)
 
 

@@ -45,7 +45,7 @@ COMPUTING = 2  # warpgroups of a block that compute
 BOXES = COLUMNS // 64  # a tile of weights is so many squares of 64 x 64 next to each other
 AT_ONCE = 2 * 64 * COLUMNS * 2  # bytes of weights on their way: enough for the memory; others wait behind them
 ADDED = 128  # channels of the residual that a warpgroup adds up at a time
-MOST_ROWS = 8  # of the batch in one launch
+MOST_ROWS = 16  # of the batch in one launch
 PRODUCTS = {"in_proj": "zxbcdt", "out_proj": "output"}
 OPTIONS = ("dt_limit", "norm_eps", "norm_before_gate", "in_norm_eps")
 
@@ -480,8 +480,9 @@ def _prepare(plan, refs, buffers, name, product, weights, groups, eps):
 
     tiles = list(_tiles_to_prepare(plan, product))
     only = None
-    for start in range(0, len(tiles), 8):  # so many loads are under way at once
-        now = slice(start, start + 8)
+    at_a_time = 64 // plan.filled  # loads under way: as many numbers as registers hold
+    for start in range(0, len(tiles), at_a_time):
+        now = slice(start, start + at_a_time)
         loaded = [load(source.at[:, pl.ds(row, ROWS)], OPERAND, device_memory=True) for _, row in tiles[now]]
         if groups == 1 and only is None:
             only = scale(0)

@@ -234,13 +234,30 @@ def test_any_number_of_workers_gives_the_same_batches(mixed, tokenizer, batching
 def test_processes_share_the_rows_of_a_batch(mixed, tokenizer, batching):
     whole = read_in_order(mixed, tokenizer, batching)
     parts = [read_in_order(mixed, tokenizer, batching, part=(i, 2)) for i in range(2)]
+    forms = [[jax.tree.structure(batch) for batch in part] for part in parts]
+    assert forms[0] == forms[1], "they are put together on the devices"
     together = [
         jax.tree.map(lambda a, b: np.concatenate([a, b]), *(part._replace(image_mask=None) for part in pair))
         for pair in zip(*parts, strict=True)
     ]
     assert_equal(together, [batch._replace(image_mask=None) for batch in whole])
-    with pytest.raises(InputError, match="batch_size: got 4, expected a multiple of 3, the number of processes"):
+    with pytest.raises(InputError, match="batch_size: got 4, expected a multiple of 3, the number of parts"):
         batches(mixed, tokenizer, TINY, batch_size=4, max_tokens=64, seed=1, first=0, last=1, part=(0, 3))
+
+
+@pytest.mark.parametrize("batching", ["random", "grouped", "packed"])
+def test_each_process_reads_its_records_alone(mixed, tokenizer, batching, monkeypatch):
+    read, take = set(), RecordSource.__getitem__
+    monkeypatch.setattr(RecordSource, "__getitem__", lambda self, index: read.add(index) or take(self, index))
+    order = order_of(mixed, tokenizer, batching)
+    rows = order.batch(0).rows
+    halves = [{number for row in half for number in row} for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :])]
+    assert not halves[0] & halves[1]
+    for i, half in enumerate(halves):
+        load = loader._Load(mixed, tokenizer, TINY, order, 64, "chat", False, (i, 2))
+        read.clear()  # of what checking the types has looked at
+        load(0)
+        assert read == half
 
 
 def test_grouped_and_packed_rows_hold_the_samples_they_should(mixed, tokenizer):

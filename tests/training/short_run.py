@@ -22,6 +22,7 @@ from ml_mamba_jax.training.config import OptimConfig, StageConfig, TrainConfig
 from ml_mamba_jax.training.metrics import read_metrics
 from ml_mamba_jax.training.run_folder import OPTIMIZER
 from ml_mamba_jax.training.stop import Stop
+from ml_mamba_jax.training.watch import Watch
 from tests.training.test_stages import SMALL
 
 NAME = "short"
@@ -66,7 +67,7 @@ class _Once:
 def take(config: TrainConfig) -> None:
     """Start the run, or go on with it."""
     with Stop() as stop:
-        train.train(dataclasses.replace(config, resume=True), stop)
+        train.train(dataclasses.replace(config, resume=True), stop, Watch(peer_timeout=60.0))
 
 
 def losses(config: TrainConfig) -> list[tuple[int, str, str]]:

@@ -50,14 +50,15 @@ def test_a_step_is_clipped_adamw_that_spares_one_dimensional_parameters():
     state, _, metrics = take_steps((8, 1, 1), 2, batch)
     spared = {"bias", "scale", "A_log", "D", "dt_bias", "conv_bias", "norm_weight", "attention_scale", "mlp_scale"}
 
-    params = MODEL.init(jax.random.key(0), **MODEL.dummy_inputs())["params"]
+    params = jax.jit(lambda: MODEL.init(jax.random.key(0), **MODEL.dummy_inputs())["params"])()
+    gradient_of = jax.jit(lambda params: mean_loss_and_gradient(MODEL, params, batch)[1])
     flat, tree = jax.tree_util.tree_flatten_with_path(params)
     decay = [0.0 if path[-1].key in spared else CONFIG.weight_decay for path, _ in flat]
     values = [np.asarray(a, np.float64) for _, a in flat]
     first, second = ([np.zeros_like(a) for a in values] for _ in range(2))
     for step in (1, 2):
         p = jax.tree.unflatten(tree, [jnp.asarray(a, jnp.float32) for a in values])
-        gradient = [np.asarray(g, np.float64) for g in jax.tree.leaves(mean_loss_and_gradient(MODEL, p, batch)[1])]
+        gradient = [np.asarray(g, np.float64) for g in jax.tree.leaves(gradient_of(p))]
         norm = np.sqrt(sum((g**2).sum() for g in gradient))
         rate = float(make_schedule(CONFIG, STEPS)(step - 1))
         for i, g in enumerate(gradient):
@@ -74,10 +75,15 @@ def test_a_step_is_clipped_adamw_that_spares_one_dimensional_parameters():
     assert int(state.step) == 2
 
 
+@pytest.fixture(scope="module")
+def steps_of_one():
+    """Four losses of one device."""
+    return take_steps((1, 1, 1), 4, make_batch(8, length=10), devices=jax.devices()[:1])[1]
+
+
 @pytest.mark.parametrize("sizes, micro_batches", [((8, 1, 1), 1), ((1, 2, 2, 2), 1), ((1, 4, 2), 1), ((2, 1, 1), 4)])
-def test_eight_devices_take_the_steps_of_one(sizes, micro_batches):
-    batch = make_batch(8, length=10)  # 26 tokens with the image
-    _, one, _ = take_steps((1, 1, 1), 4, batch, devices=jax.devices()[:1])
+def test_eight_devices_take_the_steps_of_one(sizes, micro_batches, steps_of_one):
+    batch, one = make_batch(8, length=10), steps_of_one  # 26 tokens with the image
     devices = jax.devices()[: int(np.prod(sizes))]
     state, many, _ = take_steps(sizes, 4, batch, micro_batches, devices)
     np.testing.assert_allclose(many, one, rtol=1e-5)
