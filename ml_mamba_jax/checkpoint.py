@@ -199,10 +199,7 @@ def save(
             manifest.write(aside, step)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # orbax gives what the file system says as one or the other, last in its text
+    except (OSError, ValueError) as error:  # orbax raises the latter too, and what the file system says comes last in it
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1]
         raise CheckpointError(
