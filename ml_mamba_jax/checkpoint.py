@@ -199,7 +199,7 @@ def save(
             manifest.write(aside, step)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-    except (OSError, ValueError) as error:  # orbax raises the latter too, and what the file system says comes last in it
+    except (OSError, ValueError) as error:  # orbax also raises the latter, with what the file system says at its end
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1]
         raise CheckpointError(
