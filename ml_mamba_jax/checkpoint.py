@@ -201,7 +201,7 @@ def save(
             aside.rename(final)
     except (OSError, ValueError) as error:  # orbax also raises the latter, with what the file system says at its end
         shutil.rmtree(aside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1]
+        reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1][:200]
         raise CheckpointError(
             f"{final}: cannot be written: {reason}; checkpoints from before are as they were ({_listed(folder)}): see to it and "
             "go on with --resume"

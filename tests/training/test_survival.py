@@ -126,18 +126,18 @@ for number in range(count):
     limit = int(rng.integers(sizes[-1])) if number % 2 else int(rng.integers(sizes[len(sizes) // 2]))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        checkpoint.save(folder, 7, items, keep=1)
+        checkpoint.save(folder, 7 + number, items, keep=1)  # another step, for threads of the one that failed may still write
     except CheckpointError as error:
         said = str(error)
     else:
         said = ""
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert "checkpoints/7: cannot be written: File too large" in said, (limit, said)
+    assert f"checkpoints/{7 + number}: cannot be written: File too large" in said, (limit, said)
     assert checkpoint.steps(folder) == [5]
     checkpoint.verify(folder, 5)
-checkpoint.save(folder, 7, items, keep=1)
-assert checkpoint.steps(folder) == [7]
-checkpoint.verify(folder, 7)
+checkpoint.save(folder, 999, items, keep=1)
+assert checkpoint.steps(folder) == [999]
+checkpoint.verify(folder, 999)
 print("survived", count)
 """
 
