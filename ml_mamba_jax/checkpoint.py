@@ -199,12 +199,9 @@ def save(
             manifest.write(aside, step)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # orbax gives what the file system says as one or the other, last in its text
+    except (OSError, ValueError) as error:  # orbax also raises the latter, with what the file system says at its end
         shutil.rmtree(aside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1]
+        reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1][:200]
         raise CheckpointError(
             f"{final}: cannot be written: {reason}; checkpoints from before are as they were ({_listed(folder)}): see to it and "
             "go on with --resume"

@@ -99,7 +99,8 @@ def test_every_damage_is_found_and_named(whole, tmp_path, numbers):
                 checkpoint.verify(folder, STEPS[-1])
             named = str(caught.value).split(": step")[0]
             assert named.startswith(str(newest)), (number, damage)
-            assert damage in (swap, stand_in, add) or named == str(path), (number, damage)
+            is_manifest = path.name == manifest.MANIFEST_FILE  # which may then know a file by another name
+            assert damage in (swap, stand_in, add) or is_manifest or named == str(path), (number, damage)
             assert "take another one (5, 7)" in str(caught.value)
         if damage is not swap:
             checkpoint.verify(folder, STEPS[0])
