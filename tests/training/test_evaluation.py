@@ -29,6 +29,7 @@ from ml_mamba_jax.training.evals import Answer
 from ml_mamba_jax.training.evaluation import Best, Evaluation, Evaluator, held_out_batches
 from ml_mamba_jax.training.losses import target_losses
 from ml_mamba_jax.training.stop import Stop
+from ml_mamba_jax.training.watch import Watch
 from ml_mamba_jax.training.writers import RunLog, check_installed
 from tests import tiny_model
 from tests.training.test_stages import SMALL
@@ -116,7 +117,7 @@ def test_the_best_checkpoint_is_kept_and_known_after_a_restart(tmp_path, monkeyp
             shutil.copytree(folder, tmp_path / "resumed" / "r")
 
     monkeypatch.setattr(checkpoint, "save", saved)
-    train.train(config, Stop())
+    train.train(config, Stop(), Watch(60.0))
     assert kept == [[2], [4], [4, 5], [4, 8]], "of the newest one and the best; the one before went"
     shown = capsys.readouterr().out
     assert [shown.count(text) for text in ("the best so far", "held out", "75.0% of 4 right")] == [2, 4, 2]
@@ -124,7 +125,7 @@ def test_the_best_checkpoint_is_kept_and_known_after_a_restart(tmp_path, monkeyp
     assert checkpoint.load_progress(folder, 8)["best"] == {"step": 4, "accuracy": 0.75, "loss": 1.0}
 
     calls = iter((6, 8))
-    train.train(dataclasses.replace(config, runs=tmp_path / "resumed", resume=True), Stop())
+    train.train(dataclasses.replace(config, runs=tmp_path / "resumed", resume=True), Stop(), Watch(60.0))
     assert checkpoint.steps(tmp_path / "resumed" / "r") == [4, 8]
     assert "the best so far" not in capsys.readouterr().out
     assert (folder / "evals.jsonl").read_text() == (tmp_path / "resumed" / "r" / "evals.jsonl").read_text()

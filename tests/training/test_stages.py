@@ -26,6 +26,7 @@ from ml_mamba_jax.training.optimizer import make_optimizer
 from ml_mamba_jax.training.stages import Position, join, length, locate, split
 from ml_mamba_jax.training.step import first_state, make_train_step
 from ml_mamba_jax.training.stop import Stop
+from ml_mamba_jax.training.watch import Watch
 from tests import tiny_model
 from tests.training.test_losses import make_batch
 
@@ -134,7 +135,7 @@ def test_a_run_goes_on_in_the_stage_where_it_stood(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(train, "evaluate", lambda run, params: None)
     monkeypatch.setattr(plots, "loss_curve", lambda lines, path: None)
     config = two_stages(tmp_path)
-    train.train(config, Stop())
+    train.train(config, Stop(), Watch(60.0))
     assert "stage 1 of 2, align: 4 steps of 8, trains connector: " in capsys.readouterr().out
     whole = config.runs / "two"
     assert checkpoint.steps(whole) == [3, 4, 6, 9]
@@ -152,7 +153,7 @@ def test_a_run_goes_on_in_the_stage_where_it_stood(tmp_path, monkeypatch, capsys
         shutil.copytree(whole, resumed.runs / "two")
         for later in [s for s in checkpoint.steps(whole) if s > step]:
             shutil.rmtree(resumed.runs / "two" / "checkpoints" / str(later))
-        train.train(resumed, Stop())
+        train.train(resumed, Stop(), Watch(60.0))
         assert f"resumed after step {step}" in capsys.readouterr().out
         again = (resumed.runs / "two" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["loss"] for line in again] == [line["loss"] for line in lines]
