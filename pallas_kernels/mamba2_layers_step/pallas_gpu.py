@@ -10,7 +10,8 @@ compute. They walk through the layers in four phases, and all blocks meet after 
     4. add:      the output is added to the residual
 
 While they wait for each other, the ring goes on filling: weights depend on no activation. It holds as much as the
-memory delivers in several microseconds, so it hides the meetings and the two phases that need no weights.
+memory delivers in several microseconds, and the L2 cache is asked for what comes next, and for the states of the layer.
+So the memory works on through the meetings and the two phases that need no weights.
 
 Products are taken as y^T = W^T x^T by wgmma: the columns of a weight tile are its 64 rows, the rows of the batch, filled
 up to a multiple of 8, its columns. Weights in int8 become bfloat16 in shared memory, and their scales multiply the sums.
@@ -44,6 +45,7 @@ from pallas_kernels.ssd.pallas_gpu.tiles import SHARED_MEMORY, operand, square, 
 COMPUTING = 2  # warpgroups of a block that compute
 BOXES = COLUMNS // 64  # a tile of weights is so many squares of 64 x 64 next to each other
 AT_ONCE = 2 * 64 * COLUMNS * 2  # bytes of weights on their way: enough for the memory; others wait behind them
+AHEAD = 4 * 64 * COLUMNS * 2  # bytes of weights that the L2 cache is asked for before the ring has room for them
 ADDED = 128  # channels of the residual that a warpgroup adds up at a time
 MOST_ROWS = 16  # of the batch in one launch
 PRODUCTS = {"in_proj": "zxbcdt", "out_proj": "output"}
@@ -176,6 +178,11 @@ class Plan:
         return AT_ONCE // self.bytes_of_tile
 
     @property
+    def ahead(self) -> int:
+        """Tiles of weights on their way to the L2 cache."""
+        return AHEAD // self.bytes_of_tile
+
+    @property
     def in_proj(self) -> Split:
         return Split.of(self.width, self.sizes.projected, self.blocks)
 
@@ -220,9 +227,9 @@ class Plan:
     def all_pieces(self) -> int:
         return self.batch * self.sizes.heads * self.pieces
 
-    def pieces_of_worker(self):
+    def pieces_of_worker(self, warpgroup=None):
         """The first piece of the state that this warpgroup holds, and the first one that it does not any more."""
-        workers, worker = self.blocks * COMPUTING, _worker(self)
+        workers, worker = self.blocks * COMPUTING, _worker(self, warpgroup)
         return lax.div(worker * self.all_pieces, workers), lax.div((worker + 1) * self.all_pieces, workers)
 
     def place(self, piece) -> "Place":
@@ -307,9 +314,9 @@ def _one_launch(
         "y_squares": jnp.zeros((sizes.groups, filled, plan.squares[1]), jnp.float32),
     }
     passed_on = {
-        "zxbcdt": (plan.in_proj.wide, plan.in_proj.most_parts, COLUMNS, filled),
+        "zxbcdt": (plan.in_proj.wide, plan.in_proj.most_parts, filled, COLUMNS),
         "y": (filled, sizes.inner),
-        "output": (plan.out_proj.wide, plan.out_proj.most_parts, COLUMNS, filled),
+        "output": (plan.out_proj.wide, plan.out_proj.most_parts, filled, COLUMNS),
     }
     passed_on = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in passed_on.items()}
     eps = {"residual": in_norm_eps, "y": norm_eps}
@@ -377,27 +384,42 @@ def _body(plan, names, dt_limit, eps, *refs, **buffers):
 
 
 def _copy(plan, refs, buffers):
-    """Keeps the ring filled, in the order in which the products use it up."""
+    """Keeps the ring filled, in the order in which the products use it up, and the L2 cache somewhat further."""
     shares = plan.shares()
     counts = {name: split.first(shares[name] + 1) - split.first(shares[name]) for name, split in plan.products.items()}
     one_layer = counts["in_proj"] + counts["out_proj"]
     total = plan.layers * one_layer
 
-    def copy(name, layer, within, slot):
-        split = plan.products[name]
-        tile = split.first(shares[name]) + within
-        row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
+    def of_tile(number, use):
+        """`use(source)` with a function from columns of the tile to the weights there."""
+        layer, within = lax.div(number, one_layer), lax.rem(number, one_layer)
 
-        def part(first, width, target):
-            columns = pl.ds(column * COLUMNS + first, width)
-            source = refs[name].at[layer, pl.ds(row * ROWS, ROWS), columns]
-            plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
+        def in_product(name, within):
+            split = plan.products[name]
+            tile = split.first(shares[name]) + within
+            row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
+            rows, weights = pl.ds(row * ROWS, ROWS), refs[name]
+            use(lambda first, width: weights.at[layer, rows, pl.ds(column * COLUMNS + first, width)])
 
+        pl.when(within < counts["in_proj"])(lambda: in_product("in_proj", within))
+        pl.when(within >= counts["in_proj"])(lambda: in_product("out_proj", within - counts["in_proj"]))
+
+    def copy(slot, source):
         if plan.quantized:
-            part(0, COLUMNS, buffers["weights"].at[slot])
+            parts = [(source(0, COLUMNS), buffers["weights"].at[slot])]
         else:
-            for box in range(BOXES):
-                part(box * 64, 64, buffers["weights flat"].at[slot, box])
+            parts = [(source(box * 64, 64), buffers["weights flat"].at[slot, box]) for box in range(BOXES)]
+        for part, target in parts:
+            plgpu.copy_gmem_to_smem(part, target, buffers["filled"].at[slot])
+
+    def prefetch_states(layer):
+        for warpgroup in range(COMPUTING):
+            first, end = plan.pieces_of_worker(warpgroup)
+
+            @pl.loop(first, end)
+            def _(piece):
+                at = plan.place(piece)
+                plgpu.async_prefetch(refs["ssm_state"].at[layer, at.row, at.head, pl.ds(at.within, plan.tile.rows)])
 
     @pl.loop(0, total)
     def _(number):
@@ -408,15 +430,15 @@ def _copy(plan, refs, buffers):
         def _():
             plgpu.barrier_wait(buffers["filled"].at[lax.rem(number - plan.at_once, plan.stages)])
 
-        layer, within = lax.div(number, one_layer), lax.rem(number, one_layer)
+        of_tile(number, functools.partial(copy, slot))
 
-        @pl.when(within < counts["in_proj"])
+        @pl.when(number + plan.ahead < total)
         def _():
-            copy("in_proj", layer, within, slot)
+            of_tile(number + plan.ahead, lambda source: plgpu.async_prefetch(source(0, COLUMNS)))
 
-        @pl.when(within >= counts["in_proj"])
+        @pl.when(lax.rem(number, one_layer) == 0)
         def _():
-            copy("out_proj", layer, within - counts["in_proj"], slot)
+            prefetch_states(lax.div(number, one_layer))
 
 
 def _compute(plan, refs, buffers, arrived, dt_limit, eps):
@@ -426,6 +448,7 @@ def _compute(plan, refs, buffers, arrived, dt_limit, eps):
     def _(slot):
         plgpu.barrier_arrive(buffers["consumed"].at[slot])
 
+    @jax.named_scope("meet")
     def meet(meetings):
         """All blocks, and everything that any of them wrote is seen by all."""
         _warps_meet()
@@ -466,9 +489,10 @@ def _compute(plan, refs, buffers, arrived, dt_limit, eps):
     lax.fori_loop(0, plan.layers, one_layer, (0, meet(0), weights))
 
 
-# The phases, by one of the warpgroups that compute.
+# The phases, by one of the warpgroups that compute. Their names are those of a profile (`plgpu.CompilerParams.profile_dir`).
 
 
+@jax.named_scope("prepare")
 def _prepare(plan, refs, buffers, name, product, weights, groups, eps):
     """The rows of tiles of x that the block's products read: normalised, in the dtype of the projection."""
     source, squares = refs[name], refs[f"{name}_squares"]
@@ -495,6 +519,7 @@ def _prepare(plan, refs, buffers, name, product, weights, groups, eps):
     plgpu.barrier_wait(buffers["ready"])
 
 
+@jax.named_scope("multiply")
 def _multiply(plan, refs, buffers, product, number):
     """Sums over the block's tiles. `number`: of tiles that came through the ring so far."""
     warpgroup, split, share = lax.axis_index("warpgroup"), plan.products[product], plan.shares()[product]
@@ -527,7 +552,8 @@ def _multiply(plan, refs, buffers, product, number):
         number, *sums = lax.fori_loop(start, stop, one_tile, (number, *(zeros(64, plan.filled) for _ in boxes)))
         part = share - split.parts(column)[0]
         for box, a in zip(boxes, sums, strict=True):
-            refs[PRODUCTS[product]].at[column, part, pl.ds(box * 64, 64)][...] = a
+            place = refs[PRODUCTS[product]].at[column, part, :, pl.ds(box * 64, 64)].transpose((1, 0))
+            place[...] = plgpu.layout_cast(a, plgpu.Layout.WGMMA_TRANSPOSED)
         return number
 
     columns_end = jnp.where(end > first, lax.div(end - 1, split.tall) + 1, lax.div(first, split.tall))
@@ -545,6 +571,7 @@ def _convert(buffers, slot, boxes):
     plgpu.commit_smem()
 
 
+@jax.named_scope("scan")
 def _scan(plan, refs, buffers, layer, asked, dt_limit):
     """What lies between the projections, all but the norm: y * silu(z). The states of x move on by a token.
 
@@ -602,6 +629,7 @@ def _scan(plan, refs, buffers, layer, asked, dt_limit):
     lax.fori_loop(first, end, one, asked)
 
 
+@jax.named_scope("add")
 def _add(plan, refs, buffers, layer):
     """Adds the output to the residual; B and C of the convolution state move on by a token. With None only squares."""
     sizes = plan.sizes
@@ -642,9 +670,10 @@ def _first(a):
     return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
 
-def _worker(plan):
-    """The number of a warpgroup that computes: those of one block are far apart."""
-    return lax.axis_index("warpgroup") * plan.blocks + lax.axis_index("block")
+def _worker(plan, warpgroup=None):
+    """The number of a warpgroup that computes, this one or another of the block: those of one block are far apart."""
+    warpgroup = lax.axis_index("warpgroup") if warpgroup is None else warpgroup
+    return warpgroup * plan.blocks + lax.axis_index("block")
 
 
 def _share_out(plan, tasks: int, run, backwards: bool = False) -> None:
@@ -667,8 +696,8 @@ def _sums(plan, refs, layer, product, row, first, width, layout):
 
     def part(i):
         if width is None:
-            return parts[column, i, within, row]
-        return load(parts.at[column, i, pl.ds(within, width), row], layout, device_memory=True)
+            return parts[column, i, row, within]
+        return load(parts.at[column, i, row, pl.ds(within, width)], layout, device_memory=True)
 
     terms = [part(i) for i in range(split.most_parts)]
     if scale is not None:

@@ -221,6 +221,7 @@ NAMES = {
         barrier_arrive=lambda barrier: barrier.arrive(),
         barrier_wait=lambda barrier: barrier.wait(),
         copy_gmem_to_smem=_copy,
+        async_prefetch=lambda source: None,
         wgmma=_wgmma,
         semaphore_signal=lambda semaphore, *, memory_scope: semaphore.signal(),
         semaphore_wait=_semaphore_wait,
