@@ -10,7 +10,8 @@ Random weights in bfloat16, random prompts, all by the clock, warm, with the lar
 * peer: the same of mamba_ssm's `MambaLMHeadModel` of the 2.7b shape (`generate(cg=True)`: CUDA graphs), with --peer;
 * bound: decode at the speed at which the device copies all weights and states once a token, prefill at its dense peak.
 
-With --long N one row writes N tokens instead, and it is seen that neither memory nor the time of a token grow.
+With --long N one row writes N tokens instead, and it is seen that neither memory nor the time of a token grow. With --kernels N
+it is the N kernels of the GPU that take longest while each of --batches is decoded, in microseconds of a token.
 
 Prints a table and writes it, with versions and device, to --out as JSON.
 """
@@ -21,11 +22,13 @@ import os
 import resource
 import statistics
 import time
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import profiler
 
 from ml_mamba_jax.compilation import compile_time
 from ml_mamba_jax.config import MLMambaConfig
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="*", default=["1x2048", "8x2048"], help="batch x tokens")
     parser.add_argument("--peer", action="store_true", help="time mamba_ssm as well")
     parser.add_argument("--long", type=int, metavar="N", help="only write N tokens")
+    parser.add_argument("--kernels", type=int, metavar="N", help="only show where a token's time goes on the GPU")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark-decode.json"))
     args = parser.parse_args()
 
@@ -60,6 +64,8 @@ def main() -> None:
     print(f"{args.model} on {jax.devices()[0].device_kind}, JAX {jax.__version__}, copies at {copy / 1e12:.3g} TB/s")
     if args.long:
         rows = [long_row(model, params, args.long)]
+    elif args.kernels:
+        rows = [row for batch in args.batches for row in kernel_rows(model, params, batch, args.kernels)]
     else:
         peer = Peer() if args.peer else None
         print_row(COLUMNS)
@@ -199,6 +205,23 @@ def long_row(model, params, total: int) -> dict:
         "process MB grown": memory[-1] - memory[1],
         "compiling s": compiling.seconds - compiled,
     }
+
+
+def kernel_rows(model, params, batch: int, longest: int, new: int = 32) -> list[dict]:
+    """The `longest` kernels of a token and how often each runs; before them all together, and a token by the clock."""
+    decoding = read(model, params, *prompt(batch, 32))
+    some = options(model, new)
+    token = jax.jit(lambda params, decoding: write(model, params, decoding, jax.random.key(0), new, **some))
+    by_the_clock = timed(lambda: token(params, decoding))
+    counts, times = Counter(), Counter()
+    for name, milliseconds in profiler.measure(token, aggregate=False)(params, decoding)[1]:
+        counts[name] += 1
+        times[name] += 1e3 * milliseconds / new
+    rows = [("by the clock", None, 1e6 * by_the_clock / new), ("all kernels", counts.total() / new, times.total())]
+    rows += [(name, counts[name] / new, us) for name, us in times.most_common(longest)]
+    for name, count, us in rows:
+        print(f"batch {batch}  {us:9.1f} us  {f'{count:7.1f} x' if count else ' ' * 9}  {name[:90]}", flush=True)
+    return [{"what": name, "batch": batch, "a token": count, "us": us} for name, count, us in rows]
 
 
 def timed(call, repetitions: int = 3) -> float:
