@@ -13,6 +13,16 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 ACCELERATORS = ("gpu", "tpu")
 UNLESS_ASKED = (*ACCELERATORS, "full")
+LONGEST_FIRST = (
+    "test_train",
+    "test_step",
+    "test_survival",
+    "test_sharding",
+    "test_generate",
+    "test_losses",
+    "test_docs",
+)
+"""Files that take a minute or more, so that no process is left with one of them at the end."""
 
 pytest.register_assert_rewrite("tests.kernels")
 
@@ -33,9 +43,11 @@ def optimizations_disabled() -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that need an accelerator or minutes, unless `-m` names them."""
+    """Deselect the tests that need an accelerator or minutes, unless `-m` names them, and begin with the longest files."""
     unasked = [name for name in UNLESS_ASKED if name not in config.getoption("markexpr")]
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+    files = [f"{name}.py" for name in LONGEST_FIRST]
+    items.sort(key=lambda item: files.index(item.path.name) if item.path.name in files else len(files))
