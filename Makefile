@@ -4,8 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 # cuda13 or tpu: the jax that drives the accelerator, for example `make demo ACCELERATOR=cuda13`. Empty: the CPU.
 ACCELERATOR ?=
-# Tests of a file share what was compiled for it, so they stay in one process.
-pytest := $(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Options for pytest, for example `make test PYTEST_ARGS="-k ssd -x"`.
 PYTEST_ARGS ?=
 # Options for train.py. --resume goes on with the run that is there.
@@ -15,6 +13,8 @@ PRESET := digits-vqa
 RUN := runs/$(PRESET)
 
 bin := $(VENV)/bin
+# Tests of a file share what was compiled for it, so they stay in one process.
+pytest := $(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 stamps := $(VENV)/.installed
 comma := ,
 suffix := $(addprefix -,$(ACCELERATOR))
