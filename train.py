@@ -68,6 +68,7 @@ def use_cores(config: TrainConfig, n_processes: int) -> None:
 def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     folder = config.runs / config.name
     started = time.perf_counter()
+    check_installed(config.writers)
     use_cores(config, watch.n_processes)
     meet(config)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
@@ -87,7 +88,6 @@ def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     model = make_model(config)
     lengths = tuple(map(stages.length, config.stages, orders))
     run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, stop, watch)
-    check_installed(config.writers)
     check_same({"checkpoints": checkpoint.steps(folder), "steps": lengths, **fingerprints(config, tokenizer, data)})
     watch.at("reading the parameters" if resumed_step else "starting with new parameters", timed=False)
     position, params, resumed = (
@@ -153,7 +153,15 @@ def evaluate(run: Run, params: dict) -> None:
     started = time.perf_counter()
     run.watch.at("answering the held-out questions", timed=False)
     params = sharding.copy_to_each_process(params, run.mesh)
-    answers = evals.answer_together(run.model, params, run.tokenizer, source, batch_size=run.config.eval_batch_size)
+    answers = evals.answer_together(
+        run.model,
+        params,
+        run.tokenizer,
+        source,
+        batch_size=run.config.eval_batch_size,
+        max_new_tokens=run.config.eval_new_tokens,
+        form=run.config.stages[-1].data.form,
+    )
     if not processes.is_first():
         return
     scores = evals.score(answers)

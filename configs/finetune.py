@@ -24,4 +24,5 @@ RECIPE = TrainConfig(
     ),
     remat="blocks",
     eval_batch_size=16,
+    eval_new_tokens=64,
 )

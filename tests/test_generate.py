@@ -14,6 +14,7 @@ from PIL import Image
 
 from ml_mamba_jax import answer, batching, decoding, generation
 from ml_mamba_jax.answer import Answer
+from ml_mamba_jax.batching import stack_images
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.decoding import bucket, generate_tokens, pad_rows
@@ -301,6 +302,29 @@ def test_one_image_is_encoded_once_for_many_questions():
     assert generate(MODEL, weights(), TOKENIZER, QUESTIONS, state=rows, max_new_tokens=N_NEW) == expected
     with pytest.raises(InputError, match="image: got None"):
         image_state(MODEL, weights(), None)
+
+
+def test_images_are_captioned_without_being_asked():
+    """The first token of a caption follows the last visual token, as in training."""
+    images, stop = [IMAGES[0], IMAGES[2]], (TOKENIZER.eos_id,)
+    nothing = jnp.zeros((2, 32), jnp.int32), jnp.zeros(2, jnp.int32)
+    tokens, counts, _ = generate_tokens(
+        MODEL,
+        weights(),
+        *nothing,
+        *stack_images(images, MODEL.config),
+        jax.random.key(0),
+        max_new_tokens=5,
+        stop_ids=stop,
+    )
+    expected = [text_of(TOKENIZER, row[:n].tolist()) for row, n in zip(tokens, counts, strict=True)]
+    assert generate(MODEL, weights(), TOKENIZER, None, images, max_new_tokens=5) == expected
+    assert generate(MODEL, weights(), TOKENIZER, None, IMAGES[2], max_new_tokens=5) == expected[1:]
+    assert expected[0] != expected[1]
+    with pytest.raises(InputError, match="expected at least one token or an image in each"):
+        generate(MODEL, weights(), TOKENIZER, None, [None])
+    with pytest.raises(InputError, match="images: got NoneType, expected a list"):
+        generate(MODEL, weights(), TOKENIZER, None)
 
 
 def test_a_conversation_may_see_several_images():

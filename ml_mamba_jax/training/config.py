@@ -4,6 +4,7 @@ A recipe is a value; `train.py` takes one by name and lets any field be overridd
 several: each has its data, its optimizer, its length, and the parts of the model that it trains.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -165,6 +166,8 @@ class TrainConfig:
     """Records of an evaluation during training, spread over the test split."""
     eval_batch_size: int = 200
     """Questions answered at a time in the evaluation."""
+    eval_new_tokens: int = 16
+    """Tokens that an answer may have in the evaluation."""
     writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where numbers and answers go beside the console and the JSON lines of the run's folder."""
     runs: Path = Path("runs")
@@ -181,7 +184,7 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise InputError for numbers that no run can have."""
-    for name in ("log_every", "save_every", "keep", "eval_batch_size", "eval_records"):
+    for name in ("log_every", "save_every", "keep", "eval_batch_size", "eval_new_tokens", "eval_records"):
         _check_at_least(1, name, getattr(config, name))
     if config.eval_every is not None:
         _check_at_least(1, "eval_every", config.eval_every)
@@ -223,13 +226,20 @@ def _check_stage(stage: StageConfig, model: MLMambaConfig, prefix: str) -> None:
         )
     if stage.data.prepared is not None and stage.data.json_file is not None:
         raise InputError(f"{prefix}data: got prepared and json_file, expected one of them")
-    if not stage.epochs > 0:
+    if stage.data.image_folder is not None and stage.data.json_file is None:
+        raise InputError(f"{prefix}data: got image_folder without json_file, whose images lie in it, expected both")
+    if not 0 < stage.epochs < math.inf:
         raise InputError(f"{prefix}epochs: got {stage.epochs}, expected more than 0")
     optim = stage.optim
-    if not optim.peak_lr > 0:
-        raise InputError(f"{prefix}optim.peak_lr: got {optim.peak_lr}, expected more than 0")
-    if not 0 <= optim.warmup < 1:
-        raise InputError(f"{prefix}optim.warmup: got {optim.warmup}, expected a part of the steps, from 0 to below 1")
+    for name in ("peak_lr", "eps", "clip_norm"):  # a norm of infinity clips nothing
+        value = getattr(optim, name)
+        if not value > 0 or (value == math.inf and name != "clip_norm"):
+            raise InputError(f"{prefix}optim.{name}: got {value}, expected a number above 0")
+    for name, below in {"warmup": 1, "b1": 1, "b2": 1, "weight_decay": math.inf}.items():
+        value = getattr(optim, name)
+        if not 0 <= value < below:
+            expected = "a number of 0 or more" if below == math.inf else "a number from 0 to below 1"
+            raise InputError(f"{prefix}optim.{name}: got {value}, expected {expected}")
 
 
 def _check_at_least(least: int, name: str, value: int) -> None:

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import jax
 
 from ml_mamba_jax import processes
 from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.data.samples import Form
 from ml_mamba_jax.generation import generate
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.model import MLMamba
@@ -50,34 +52,38 @@ def answer(
     *,
     batch_size: int,
     max_new_tokens: int = 16,
+    form: Form = "chat",
 ) -> list[Answer]:
-    """Ask the last question of each record, greedily, `batch_size` at a time."""
+    """Ask the last question of each record, greedily, `batch_size` at a time.
+
+    Of the form "caption" only the image is seen, as in training; without one nothing is said.
+    """
     answers = []
     for start in range(0, len(records), batch_size):
         part = [records[i] for i in range(start, min(start + batch_size, len(records)))]
-        rows = part + part[:1] * (batch_size - len(part))  # a full last batch needs no compilation of its own
-        predictions = generate(
-            model,
-            params,
-            tokenizer,
-            [record.turns[:-1] for record in rows],
-            [None if record.image is None else read_image(record.image, record.id) for record in rows],
-            max_new_tokens=max_new_tokens,
-        )
-        answers += [Answer(record, text) for record, text in zip(part, predictions, strict=False)]
+        asked = [form == "chat" or record.image is not None for record in part]
+        rows = list(compress(part, asked))
+        rows += rows[:1] * (batch_size - len(rows))  # a full last batch needs no compilation of its own
+        images = [None if record.image is None else read_image(record.image, record.id) for record in rows]
+        prompts = None if form == "caption" else [record.turns[:-1] for record in rows]
+        options = {"max_new_tokens": max_new_tokens}
+        said = iter(generate(model, params, tokenizer, prompts, images, **options) if rows else ())
+        answers += [
+            Answer(record, next(said) if is_asked else "") for record, is_asked in zip(part, asked, strict=True)
+        ]
     return answers
 
 
 def answer_together(
-    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], *, batch_size: int
+    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], **options
 ) -> list[Answer]:
     """`answer` by all processes of a run, with parameters that each has whole: each asks its part of the records, and all get
     all answers."""
     n, mine = jax.process_count(), jax.process_index()
     if n == 1:
-        return answer(model, params, tokenizer, records, batch_size=batch_size)
+        return answer(model, params, tokenizer, records, **options)
     own = [records[i] for i in range(mine, len(records), n)]
-    texts = processes.gather([item.prediction for item in answer(model, params, tokenizer, own, batch_size=batch_size)])
+    texts = processes.gather([item.prediction for item in answer(model, params, tokenizer, own, **options)])
     return [Answer(records[i], texts[i % n][i // n]) for i in range(len(records))]
 
 

@@ -81,8 +81,10 @@ class Evaluator:
         source: Sequence[Record],
         n: int,
         batch_size: int,
+        max_new_tokens: int,
     ):
         self._model, self._tokenizer, self._mesh, self._batch_size = model, tokenizer, mesh, batch_size
+        self._answers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "form": stage.data.form}
         chosen = np.unique(np.linspace(0, len(source) - 1, min(n, len(source))).astype(int))
         self._records = [source[int(i)] for i in chosen]
         part, n = sharding.batch_part(mesh)
@@ -108,7 +110,7 @@ class Evaluator:
             if stop.requested():
                 return None
             part = self._records[start : start + at_once]
-            answers += evals.answer_together(self._model, params, self._tokenizer, part, batch_size=self._batch_size)
+            answers += evals.answer_together(self._model, params, self._tokenizer, part, **self._answers)
         return Evaluation(total / count, answers)
 
 

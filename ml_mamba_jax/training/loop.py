@@ -168,7 +168,14 @@ def _evaluator(run: Run, number: int) -> Evaluator | None:
         print(f"{stage.name}: its data has no test split: not evaluated", flush=True)
         return None
     return Evaluator(
-        run.model, run.tokenizer, run.mesh, stage, source, n=config.eval_records, batch_size=config.eval_batch_size
+        run.model,
+        run.tokenizer,
+        run.mesh,
+        stage,
+        source,
+        n=config.eval_records,
+        batch_size=config.eval_batch_size,
+        max_new_tokens=config.eval_new_tokens,
     )
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.prompt import Turn
-from ml_mamba_jax.training import plots
-from ml_mamba_jax.training.evals import Answer, score, table
+from ml_mamba_jax.training import evals, plots
+from ml_mamba_jax.training.evals import Answer, answer, score, table
 
 
 def png() -> bytes:
@@ -37,6 +37,26 @@ def test_scores_are_counted_by_kind():
     assert scores["overall"] == (pytest.approx(3 / 6), 6, pytest.approx(3 / 6))
     assert "50.0%" in table(scores)
     assert table(scores).count("\n") == 3
+
+
+def test_a_caption_is_asked_for_by_its_image_alone(monkeypatch):
+    """Text without an image asks for nothing, and what is said stays with its record."""
+    asked = []
+
+    def generate(model, params, tokenizer, prompts, images, max_new_tokens):
+        asked.append((prompts, len(images), max_new_tokens))
+        return [f"caption {i}" for i in range(len(images))]
+
+    monkeypatch.setattr(evals, "generate", generate)
+    records = [made("", str(i), "").record for i in range(5)]
+    records[1] = records[1]._replace(image=None)
+    options = {"batch_size": 2, "max_new_tokens": 9}
+    found = answer(None, {}, None, records, form="caption", **options)
+    assert [item.prediction for item in found] == ["caption 0", "", "caption 0", "caption 1", "caption 0"]
+    assert [item.record for item in found] == records
+    assert asked == [(None, 2, 9)] * 3
+    answer(None, {}, None, records[:2], **options)
+    assert asked[-1] == ([record.turns[:1] for record in records[:2]], 2, 9)
 
 
 def test_a_better_model_scores_higher():
