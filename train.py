@@ -142,7 +142,9 @@ def restore(run: Run, step: int) -> tuple[stages.Position, dict, Resumed | None]
         trained, _ = stages.split(params, stage)
         optimizer = abstract_state(make_optimizer(stage.optim, run.model, last), trained, run.mesh).optimizer
     params, optimizer = restore_state(run.folder, step, params, optimizer)
-    within = Resumed(position.step, optimizer, reached.best, reached.to_evaluate) if position.step else None
+    within = None
+    if position.step:
+        within = Resumed(position.step, optimizer, reached.best, reached.to_evaluate, reached.skipped)
     return position, params, within
 
 
@@ -161,6 +163,7 @@ def evaluate(run: Run, params: dict) -> None:
         batch_size=run.config.eval_batch_size,
         max_new_tokens=run.config.eval_new_tokens,
         form=run.config.stages[-1].data.form,
+        skip=run.config.stages[-1].data.max_bad > 0,
     )
     if not processes.is_first():
         return

@@ -29,6 +29,8 @@ class DataConfig:
     """In its place, records to prepare: a json list in the LLaVA form, or a jsonl file."""
     image_folder: Path | None = None
     """What the image paths in json_file are relative to. Default: the folder of json_file."""
+    any_suffix: bool = False
+    """Take x.png or x.gif where json_file says x.jpg and that is missing."""
     digits: bool = False
     """Without either: compose scenes of handwritten digits."""
     train_scenes: int = 16_000
@@ -46,7 +48,8 @@ class DataConfig:
     row_length: int = 4096
     """Positions of packed rows, for visual tokens and text."""
     max_bad: float = 0.0
-    """Part of the records that may be unusable: they are told of and left out. 0: the first one ends the run."""
+    """Part of the records that may be unusable, also while json_file is prepared: they are told of and left out. 0: the first one
+    ends the run."""
     workers: int = 0
     """Processes that decode and tokenise; 0: threads of the training process."""
 
@@ -226,8 +229,11 @@ def _check_stage(stage: StageConfig, model: MLMambaConfig, prefix: str) -> None:
         )
     if stage.data.prepared is not None and stage.data.json_file is not None:
         raise InputError(f"{prefix}data: got prepared and json_file, expected one of them")
-    if stage.data.image_folder is not None and stage.data.json_file is None:
-        raise InputError(f"{prefix}data: got image_folder without json_file, whose images lie in it, expected both")
+    for name in ("image_folder", "any_suffix"):
+        if getattr(stage.data, name) and stage.data.json_file is None:
+            raise InputError(
+                f"{prefix}data.{name}: got one without json_file, expected both; what is prepared has its images"
+            )
     if not 0 < stage.epochs < math.inf:
         raise InputError(f"{prefix}epochs: got {stage.epochs}, expected more than 0")
     optim = stage.optim

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.training import evals, plots
 from ml_mamba_jax.training.evals import Answer, answer, score, table
@@ -57,6 +58,11 @@ def test_a_caption_is_asked_for_by_its_image_alone(monkeypatch):
     assert asked == [(None, 2, 9)] * 3
     answer(None, {}, None, records[:2], **options)
     assert asked[-1] == ([record.turns[:1] for record in records[:2]], 2, 9)
+    records[0] = records[0]._replace(image=b"no image")
+    with pytest.raises(InputError, match="id: cannot decode the image"):
+        answer(None, {}, None, records[:2], **options)
+    found = answer(None, {}, None, records[:2], skip=True, **options)
+    assert [item.prediction for item in found] == ["", "caption 0"]
 
 
 def test_a_better_model_scores_higher():

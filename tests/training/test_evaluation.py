@@ -61,6 +61,18 @@ def test_every_held_out_target_counts_once():
     assert [batch.image_mask for batch in pictures] == [None]
 
 
+def test_bad_held_out_records_are_named_or_left_out(capsys):
+    bad = [*RECORDS[:2], RECORDS[2]._replace(id="broken", image=b"no image")]
+    with pytest.raises(InputError, match="broken: cannot decode the image"):
+        held_out_batches(bad, TOKENIZER, TINY.config, STAGE)
+    lenient = dataclasses.replace(STAGE, data=dataclasses.replace(STAGE.data, max_bad=0.5))
+    (batch,) = held_out_batches(bad, TOKENIZER, TINY.config, lenient)
+    assert int(batch.is_target.sum()) == 2 + 3
+    assert capsys.readouterr().err.startswith("skipped in evaluations: broken: cannot decode")
+    with pytest.raises(InputError, match="broken: cannot decode"):
+        held_out_batches(bad[2:], TOKENIZER, TINY.config, lenient)
+
+
 def test_the_held_out_loss_is_the_mean_over_targets_and_every_record_is_asked():
     mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
     evaluator = Evaluator(TINY, TOKENIZER, mesh, STAGE, RECORDS, n=4, batch_size=4, max_new_tokens=16)
