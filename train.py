@@ -22,7 +22,7 @@ from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.distributed import check_same, joined, meet
 from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
-from ml_mamba_jax.training.initial import check_given, start_from
+from ml_mamba_jax.training.initial import check_given, start_from, with_model_of_init
 from ml_mamba_jax.training.inputs import fingerprints, open_data, open_order, open_tokenizer, row_lengths
 from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
@@ -46,6 +46,8 @@ MAX_CPU_DEVICES = 8
 def main() -> None:
     with one_line_errors():
         config = parse(RECIPES, sys.argv[1:])
+        preset = next(RECIPES[name][1] for name in sys.argv[1:] if name in RECIPES)
+        config = with_model_of_init(config, preset.model)
         check(config)
         if config.dry_run:
             mesh = sharding.make_mesh(**dataclasses.asdict(simulate_devices(config.mesh)))

@@ -145,6 +145,8 @@ class TrainConfig:
     """Seconds that processes may take for a step, an evaluation or a checkpoint before all end, because one of them is stuck."""
     init: tuple[Path, ...] = ()
     """Folders of runs or of converted weights to start from. Each gives the parts that it holds: language, connector, encoders."""
+    model_of_init: bool = False
+    """Take the model that the last whole one of `init` is: its architecture, prompt format and way to resize."""
     from_scratch: bool = False
     """Let the language model and the encoders start from random numbers where `init` does not give them."""
     tokenizer: str | None = None

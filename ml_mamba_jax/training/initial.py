@@ -1,5 +1,6 @@
 """Starting from parameters that exist: of converted weights, or of another run, part by part."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,37 @@ FOR_RANDOM_WEIGHTS = ("dt_range", "A_range", "embedding_std", "chunk_size")
 """Fields of a config that say nothing about parameters which exist."""
 INPUT_FIELDS = ("prompt_format", "resize")
 """Fields of a model's config that change what it is shown, but none of its parameters."""
+OF_A_RUN = ("dtype", "param_dtype", "lora_rank", "lora_alpha")
+"""Fields of a model's config that a run chooses, whatever model it starts from."""
+
+
+def with_model_of_init(config: TrainConfig, preset: MLMambaConfig) -> TrainConfig:
+    """The recipe with the model of the last whole one among `init`, if it asks for that. Dtypes and LoRA stay the recipe's.
+
+    Args:
+        preset: the recipe's model before options changed it; what they changed is what the user asks for.
+
+    Raises:
+        InputError: options that ask for another architecture.
+    """
+    whole = [folder for folder in config.init if (c := checkpoint.load_config(folder)).language and c.connector]
+    if not config.model_of_init or not whole:
+        return config
+    mine, theirs = config.model, checkpoint.load_config(whole[-1])
+    asked = serialize.differences(preset, mine)
+    if other := [line for line in asked if line.split(":")[0].split(".")[-1] not in (*OF_A_RUN, *INPUT_FIELDS)]:
+        raise InputError(
+            f"model: got {'; '.join(other)}, expected the model of {whole[-1]} as it is; pass --no-model-of-init to begin "
+            "with parts of it"
+        )
+    inputs = {
+        name: getattr(mine if getattr(mine, name) != getattr(preset, name) else theirs, name) for name in INPUT_FIELDS
+    }
+    language = dataclasses.replace(
+        theirs.language, lora_rank=mine.language.lora_rank, lora_alpha=mine.language.lora_alpha
+    )
+    model = theirs.replace(language=language, dtype=mine.dtype, param_dtype=mine.param_dtype, **inputs)
+    return dataclasses.replace(config, model=model)
 
 
 def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> tuple[dict, list[str]]:
