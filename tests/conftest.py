@@ -38,6 +38,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """What was compiled for a file is of no use to the next one, and gigabytes of it slow everything down."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 def optimizations_disabled() -> bool:
     return os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") in ("1", "true")
 

@@ -306,25 +306,18 @@ def test_one_image_is_encoded_once_for_many_questions():
 
 def test_images_are_captioned_without_being_asked():
     """The first token of a caption follows the last visual token, as in training."""
-    images, stop = [IMAGES[0], IMAGES[2]], (TOKENIZER.eos_id,)
+    images, tokenizer, params = [IMAGES[0], IMAGES[2]], Tokenizer.train([], 257), printable_params()
     nothing = jnp.zeros((2, 32), jnp.int32), jnp.zeros(2, jnp.int32)
-    tokens, counts, _ = generate_tokens(
-        MODEL,
-        weights(),
-        *nothing,
-        *stack_images(images, MODEL.config),
-        jax.random.key(0),
-        max_new_tokens=5,
-        stop_ids=stop,
-    )
-    expected = [text_of(TOKENIZER, row[:n].tolist()) for row, n in zip(tokens, counts, strict=True)]
-    assert generate(MODEL, weights(), TOKENIZER, None, images, max_new_tokens=5) == expected
-    assert generate(MODEL, weights(), TOKENIZER, None, IMAGES[2], max_new_tokens=5) == expected[1:]
+    pixels = stack_images(images, MODEL.config)
+    tokens, counts, _ = generate_tokens(MODEL, params, *nothing, *pixels, jax.random.key(0), max_new_tokens=5)
+    expected = [text_of(row[:n].tolist(), tokenizer) for row, n in zip(tokens, counts, strict=True)]
+    caption = functools.partial(generate, MODEL, params, tokenizer, None, max_new_tokens=5)
+    assert caption(images) == expected and caption(images[1]) == expected[1:]
     assert expected[0] != expected[1]
     with pytest.raises(InputError, match="expected at least one token or an image in each"):
-        generate(MODEL, weights(), TOKENIZER, None, [None])
+        caption([None])
     with pytest.raises(InputError, match="images: got NoneType, expected a list"):
-        generate(MODEL, weights(), TOKENIZER, None)
+        caption()
 
 
 def test_a_conversation_may_see_several_images():

@@ -391,7 +391,7 @@ class Slow(RecordSource):
 def test_data_that_do_not_come_are_an_error(mixed, tokenizer, monkeypatch):
     monkeypatch.setattr(loader, "STALLED_AFTER", 0.6)
     monkeypatch.setattr(loader, "CLOSING", 0.1)
-    stream = batches(Slow(mixed, 1.0), tokenizer, TINY, batch_size=2, max_tokens=64, first=0, last=9)
+    stream = batches(Slow(mixed, 3.0), tokenizer, TINY, batch_size=2, max_tokens=64, first=0, last=9)
     with pytest.raises(WorkerError, match=r"data: got no batch for 1 s after .*; see whether the storage answers"):
         next(stream)
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.errors import InputError
+from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.prompt import Turn
+from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals, plots
 from ml_mamba_jax.training.evals import Answer, answer, score, table
 
@@ -28,6 +31,9 @@ ANSWERS = [
     *[made("digit", "7", "7 "), made("digit", "7", "1"), made("digit", "3", "3"), made("digit", "1", "7")],
     *[made("parity", "Yes", "Yes"), made("parity", "No", "no")],
 ]
+
+
+MODEL = (MLMamba(MLMambaConfig.named("tiny")), {}, Tokenizer.train([], 257))
 
 
 def test_scores_are_counted_by_kind():
@@ -52,16 +58,16 @@ def test_a_caption_is_asked_for_by_its_image_alone(monkeypatch):
     records = [made("", str(i), "").record for i in range(5)]
     records[1] = records[1]._replace(image=None)
     options = {"batch_size": 2, "max_new_tokens": 9}
-    found = answer(None, {}, None, records, form="caption", **options)
+    found = answer(*MODEL, records, form="caption", **options)
     assert [item.prediction for item in found] == ["caption 0", "", "caption 0", "caption 1", "caption 0"]
     assert [item.record for item in found] == records
     assert asked == [(None, 2, 9)] * 3
-    answer(None, {}, None, records[:2], **options)
+    answer(*MODEL, records[:2], **options)
     assert asked[-1] == ([record.turns[:1] for record in records[:2]], 2, 9)
     records[0] = records[0]._replace(image=b"no image")
     with pytest.raises(InputError, match="id: cannot decode the image"):
-        answer(None, {}, None, records[:2], **options)
-    found = answer(None, {}, None, records[:2], skip=True, **options)
+        answer(*MODEL, records[:2], **options)
+    found = answer(*MODEL, records[:2], skip=True, **options)
     assert [item.prediction for item in found] == ["", "caption 0"]
 
 

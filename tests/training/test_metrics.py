@@ -1,6 +1,7 @@
 """The log of a run survives a kill and a resumed run."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
