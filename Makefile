@@ -13,6 +13,8 @@ PRESET := digits-vqa
 RUN := runs/$(PRESET)
 
 bin := $(VENV)/bin
+# Tests of a file share what was compiled for it, so they stay in one process.
+pytest := $(bin)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 stamps := $(VENV)/.installed
 comma := ,
 suffix := $(addprefix -,$(ACCELERATOR))
@@ -39,10 +41,10 @@ demo: $(stamps)/demo$(suffix) ## train a small ML-Mamba on handwritten digits, t
 	@echo "  $(bin)/python -m ml_mamba_jax.chat $(RUN) --image $(RUN)/example.png"
 
 test: $(stamps)/test$(suffix) ## run the tests
-	@$(bin)/python -m pytest -n logical --maxprocesses 4 $(PYTEST_ARGS)
+	@$(pytest) $(PYTEST_ARGS)
 
 test-full: $(stamps)/test$(suffix) ## run the tests that take minutes too
-	@$(bin)/python -m pytest -m "full or not full" -n logical --maxprocesses 4 $(PYTEST_ARGS)
+	@$(pytest) -m "full or not full" $(PYTEST_ARGS)
 
 test-gpu: $(stamps)/test$(suffix) ## run the tests that need a CUDA device (with ACCELERATOR=cuda13)
 	@$(bin)/python -m pytest -m gpu $(PYTEST_ARGS)

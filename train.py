@@ -22,7 +22,7 @@ from ml_mamba_jax.training.cli import parse
 from ml_mamba_jax.training.config import TrainConfig, check
 from ml_mamba_jax.training.distributed import check_same, joined, meet
 from ml_mamba_jax.training.dry_run import dry_run, simulate_devices
-from ml_mamba_jax.training.initial import check_given, start_from
+from ml_mamba_jax.training.initial import check_given, start_from, with_model_of_init
 from ml_mamba_jax.training.inputs import fingerprints, open_data, open_order, open_tokenizer, row_lengths
 from ml_mamba_jax.training.loop import Resumed, Run, take_stage
 from ml_mamba_jax.training.metrics import read_metrics
@@ -46,6 +46,8 @@ MAX_CPU_DEVICES = 8
 def main() -> None:
     with one_line_errors():
         config = parse(RECIPES, sys.argv[1:])
+        preset = next(RECIPES[name][1] for name in sys.argv[1:] if name in RECIPES)
+        config = with_model_of_init(config, preset.model)
         check(config)
         if config.dry_run:
             mesh = sharding.make_mesh(**dataclasses.asdict(simulate_devices(config.mesh)))
@@ -68,6 +70,7 @@ def use_cores(config: TrainConfig, n_processes: int) -> None:
 def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     folder = config.runs / config.name
     started = time.perf_counter()
+    check_installed(config.writers)
     use_cores(config, watch.n_processes)
     meet(config)
     mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh))
@@ -87,7 +90,6 @@ def train(config: TrainConfig, stop: Stop, watch: Watch) -> None:
     model = make_model(config)
     lengths = tuple(map(stages.length, config.stages, orders))
     run = Run(config, folder, mesh, model, tokenizer, data, orders, lengths, stop, watch)
-    check_installed(config.writers)
     check_same({"checkpoints": checkpoint.steps(folder), "steps": lengths, **fingerprints(config, tokenizer, data)})
     watch.at("reading the parameters" if resumed_step else "starting with new parameters", timed=False)
     position, params, resumed = (
@@ -142,7 +144,9 @@ def restore(run: Run, step: int) -> tuple[stages.Position, dict, Resumed | None]
         trained, _ = stages.split(params, stage)
         optimizer = abstract_state(make_optimizer(stage.optim, run.model, last), trained, run.mesh).optimizer
     params, optimizer = restore_state(run.folder, step, params, optimizer)
-    within = Resumed(position.step, optimizer, reached.best, reached.to_evaluate) if position.step else None
+    within = None
+    if position.step:
+        within = Resumed(position.step, optimizer, reached.best, reached.to_evaluate, reached.skipped)
     return position, params, within
 
 
@@ -153,7 +157,16 @@ def evaluate(run: Run, params: dict) -> None:
     started = time.perf_counter()
     run.watch.at("answering the held-out questions", timed=False)
     params = sharding.copy_to_each_process(params, run.mesh)
-    answers = evals.answer_together(run.model, params, run.tokenizer, source, batch_size=run.config.eval_batch_size)
+    answers = evals.answer_together(
+        run.model,
+        params,
+        run.tokenizer,
+        source,
+        batch_size=run.config.eval_batch_size,
+        max_new_tokens=run.config.eval_new_tokens,
+        form=run.config.stages[-1].data.form,
+        skip=run.config.stages[-1].data.max_bad > 0,
+    )
     if not processes.is_first():
         return
     scores = evals.score(answers)

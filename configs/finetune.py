@@ -3,7 +3,7 @@
     python train.py finetune --init converted/ml-mamba-3b --data.prepared data/mine
 
 Connector and language model learn, the encoders are frozen (`--trains connector` for less, `--trains vision connector
-language` for all). For a model of another size or make name its own: `--model ...`; fields that differ are listed when it starts.
+language` for all). The model is that of `--init`, of whatever size and make; without a whole model there it is `ml-mamba-3b`.
 """
 
 from ml_mamba_jax.config import MLMambaConfig
@@ -22,6 +22,8 @@ RECIPE = TrainConfig(
             batch_size=64,
         ),
     ),
+    model_of_init=True,
     remat="blocks",
     eval_batch_size=16,
+    eval_new_tokens=64,
 )

@@ -60,6 +60,7 @@ def _recipe(name: str, model: str, *stages: StageConfig) -> TrainConfig:
         seed=7,
         save_every=1000,
         eval_batch_size=16,
+        eval_new_tokens=64,
     )
 
 

@@ -44,19 +44,22 @@ def encode_prompts(
 
 def one_for_each(images, n: int) -> list:
     """The images of `n` prompts as a list; one image may stand for a list of one. Raises InputError for another number."""
-    if images is None:
-        images = [None] * n
-    elif _is_image(images):
-        images = [images]
-    elif not isinstance(images, Iterable):
-        raise InputError(f"images: got {type(images).__name__}, expected a list with an image or None for each prompt")
-    images = list(images)
+    images = [None] * n if images is None else list_of_images(images)
     if not n or len(images) != n:
         raise InputError(
             f"got {n} prompts and {len(images)} images, expected as many of both, at least one; for many questions about "
             "one image pass state=image_state(...)"
         )
     return images
+
+
+def list_of_images(images) -> list:
+    """One image, or several, as a list. Raises InputError for what is neither."""
+    if _is_image(images):
+        return [images]
+    if not isinstance(images, Iterable):
+        raise InputError(f"images: got {type(images).__name__}, expected a list with an image or None for each prompt")
+    return list(images)
 
 
 def stack_images(

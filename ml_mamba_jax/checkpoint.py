@@ -199,6 +199,7 @@ def save(
             manifest.write(aside, step)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
+            serialize.sync(final.parent)
     except (OSError, ValueError) as error:  # orbax also raises the latter, with what the file system says at its end
         shutil.rmtree(aside, ignore_errors=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).rsplit(": ", 1)[-1][:200]

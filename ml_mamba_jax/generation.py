@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ml_mamba_jax.answer import Answer, checked_vocab_size, random_key, writing_options
-from ml_mamba_jax.batching import encode_prompts, encode_turns, one_for_each, stack_images
+from ml_mamba_jax.batching import encode_prompts, encode_turns, list_of_images, one_for_each, stack_images
 from ml_mamba_jax.decoding import (
     SHORTEST_BUCKET,
     bucket,
@@ -65,7 +65,7 @@ def generate(
     model: MLMamba,
     params: dict,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[Turn]],
+    prompts: Sequence[str | Sequence[Turn]] | None,
     images=None,
     *,
     state: MambaState | None = None,
@@ -80,7 +80,7 @@ def generate(
 
     Args:
         prompts: a question, or the turns of a conversation that ends with a human turn; the marks of the config's prompt
-            format are added here.
+            format are added here. None: caption the images without being asked, as a model does that learnt captions.
         images: for each prompt a file name, a `PIL.Image`, uint8 pixels [y x 3], or None. For one prompt it may stand alone.
         state: what comes before the prompts, such as `image_state`: of one row for all of them, or one row for each.
         stop_ids: tokens that end an answer. Default: the end of a turn in the prompt format.
@@ -180,8 +180,12 @@ def answer_probabilities(
 
 def _batch(model, tokenizer, prompts, images, state):
     """(token ids of the prompts, an image or None for each, a row of state for each or None)"""
-    rows = encode_prompts(tokenizer, prompts, model.config.prompt_format)
-    images = one_for_each(images, len(rows))
+    if prompts is None:
+        images = list_of_images(images)
+        rows = [[] for _ in images]
+    else:
+        rows = encode_prompts(tokenizer, prompts, model.config.prompt_format)
+        images = one_for_each(images, len(rows))
     if state is not None:
         check_is_state(state)
         if state.batch_size == 1:

@@ -15,8 +15,13 @@ MANIFEST_FILE = "manifest.json"
 
 
 def write(folder: Path, step: int) -> None:
-    """Note all files of the folder, that of a checkpoint of that step."""
-    serialize.write_text(folder / MANIFEST_FILE, _as_text({"step": step, "sha256": _digests(folder, _files(folder))}))
+    """Note all files of the folder, that of a checkpoint of that step, and wait until all of it is on disk."""
+    with ThreadPoolExecutor(1) as thread:
+        on_disk = thread.submit(_sync, folder)  # while it is waited for, the files are read back from memory
+        digests = _digests(folder, _files(folder))
+        on_disk.result()
+    serialize.write_text(folder / MANIFEST_FILE, _as_text({"step": step, "sha256": digests}))
+    serialize.sync(folder)
 
 
 def check(folder: Path, step: int, names: Iterable[str] | None = None) -> None:
@@ -54,6 +59,11 @@ def sha256(path: Path) -> str:
 
 def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        serialize.sync(path)
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -118,7 +118,8 @@ def check_tokens(n_tokens: int, mesh: Mesh) -> None:
     if n_tokens % parts:
         raise InputError(
             f"mesh: got sequence {parts}, which does not divide rows of {n_tokens} tokens (image and text); "
-            f"choose another size, or change data.max-tokens by {parts - n_tokens % parts}"
+            f"choose another size, change data.max-tokens by {parts - n_tokens % parts}, or pack rows of one length: "
+            f"--data.batching packed with a --data.row-length that {parts} divides"
         )
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ml_mamba_jax import answer, batching, decoding, generation
 from ml_mamba_jax.answer import Answer
+from ml_mamba_jax.batching import stack_images
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.conversation import Chat
 from ml_mamba_jax.decoding import bucket, generate_tokens, pad_rows
@@ -301,6 +302,22 @@ def test_one_image_is_encoded_once_for_many_questions():
     assert generate(MODEL, weights(), TOKENIZER, QUESTIONS, state=rows, max_new_tokens=N_NEW) == expected
     with pytest.raises(InputError, match="image: got None"):
         image_state(MODEL, weights(), None)
+
+
+def test_images_are_captioned_without_being_asked():
+    """The first token of a caption follows the last visual token, as in training."""
+    images, tokenizer, params = [IMAGES[0], IMAGES[2]], Tokenizer.train([], 257), printable_params()
+    nothing = jnp.zeros((2, 32), jnp.int32), jnp.zeros(2, jnp.int32)
+    pixels = stack_images(images, MODEL.config)
+    tokens, counts, _ = generate_tokens(MODEL, params, *nothing, *pixels, jax.random.key(0), max_new_tokens=5)
+    expected = [text_of(row[:n].tolist(), tokenizer) for row, n in zip(tokens, counts, strict=True)]
+    caption = functools.partial(generate, MODEL, params, tokenizer, None, max_new_tokens=5)
+    assert caption(images) == expected and caption(images[1]) == expected[1:]
+    assert expected[0] != expected[1]
+    with pytest.raises(InputError, match="expected at least one token or an image in each"):
+        caption([None])
+    with pytest.raises(InputError, match="images: got NoneType, expected a list"):
+        caption()
 
 
 def test_a_conversation_may_see_several_images():

@@ -191,7 +191,7 @@ MESHES = [(1, 8, 1, 24), (1, 64, 1, 192), (1, 128, 2, 384)]
 @pytest.mark.parametrize(
     "data, fsdp, tensor, batch_size, optimized",
     [
-        *((*sizes, False) for sizes in MESHES),
+        *((*sizes, False) for sizes in (MESHES[0], MESHES[-1])),
         *(pytest.param(*sizes, True, marks=pytest.mark.full) for sizes in (*MESHES, (2, 16, 2, 96), (4, 64, 1, 768))),
     ],
 )

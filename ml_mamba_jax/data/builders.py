@@ -94,13 +94,21 @@ def prepare_digits(folder: Path, train_scenes: int, test_scenes: int) -> tfds.co
 
 
 def prepare_llava(
-    folder: Path, json_file: Path, image_folder: Path, workers: int | None = None
+    folder: Path,
+    json_file: Path,
+    image_folder: Path,
+    workers: int | None = None,
+    *,
+    max_bad: float = 0.0,
+    any_suffix: bool = False,
 ) -> tfds.core.DatasetBuilder:
     """Pack the records of a json or jsonl file and their images below `folder`, unless they are there already.
 
-    A file that changed is another data set. Raises InputError with every record that cannot be used.
+    A file that changed is another data set. Raises InputError with every record that cannot be used, if they are more than the part
+    `max_bad` of all; `any_suffix` as of `Packing`.
     """
-    packing = Packing((llava.json_file(json_file),), image_folder)
+    files = (llava.json_file(json_file),)
+    packing = Packing(files, llava.image_folder_of(files, image_folder), max_bad, any_suffix)
     target = default_place(folder, packing)
     pack(packing, target, default_workers() if workers is None else workers)
     return tfds.builder_from_directory(target)

@@ -65,6 +65,13 @@ class Task(NamedTuple):
         return f"records from {self.items[0].name if isinstance(self.items, list) else self.items[0]} on"
 
 
+class Sample(NamedTuple):
+    """A record that is good, without its image, and where that is: a file, or the number of the record in a split."""
+
+    record: Record
+    image: Path | tuple[int, str] | None
+
+
 class Found(NamedTuple):
     """What a task found. `problems`: kind and message; `lengths`: tokens of some records; `samples`: some that are good."""
 
@@ -72,7 +79,7 @@ class Found(NamedTuple):
     with_image: int
     problems: list[tuple[str, str]]
     lengths: list[int]
-    samples: list[Record]
+    samples: list[Sample]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -130,7 +137,7 @@ def check(args: argparse.Namespace) -> int:
     )
     found = _merge(_spread(_prepared_tasks(checking) if prepared else _file_tasks(files, checking), args.workers))
     clean = _report(found, checking)
-    _show(_pick(found.samples, args.show), checking, config, args.html)
+    _show(_pick(found.samples, args.show, checking.images), checking, config, args.html)
     return 0 if clean else InputError.exit_code
 
 
@@ -189,17 +196,26 @@ def check_some(task: Task) -> Found:
                 problems.append((MASKED, f"{record.id}: the first answer begins after {checking.max_tokens} tokens"))
             if measured:
                 lengths.append(len(tokenizer.encode_pieces(render(record.turns, checking.prompt_format))[0]))
-        if image is None and len(problems) == before and record.turns[0].text.strip().startswith(IMAGE_MARK):
-            problems.append((NOTE, f"{record.id}: begins with {IMAGE_MARK} but names no image"))
         if len(problems) == before and len(samples) < checking.shown and len(samples) * every <= number:
             try:
-                sample = record._replace(image=read_file(image) if isinstance(image, Path) else image)
-                if sample.image is not None:
-                    check_image(sample.image, f"{record.id}: {image}" if isinstance(image, Path) else record.id)
-                samples.append(sample)
+                if image is not None:
+                    name = f"{record.id}: {image}" if isinstance(image, Path) else record.id
+                    check_image(read_file(image) if isinstance(image, Path) else image, name)
+                place = (item, task.split) if isinstance(image, bytes) else image
+                samples.append(Sample(record._replace(image=None), place))
             except InputError as error:
                 problems.append((IMAGE, str(error)))
+        if len(problems) == before:
+            problems += [(NOTE, f"{record.id}: {note}") for note in _notes(record, image is not None)]
     return Found(len(task.items), with_image, problems, lengths, samples)
+
+
+def _notes(record: Record, has_image: bool) -> Iterator[str]:
+    """What is odd about a record that can be used."""
+    if not has_image and record.turns[0].text.strip().startswith(IMAGE_MARK):
+        yield f"begins with {IMAGE_MARK} but names no image"
+    if not all(turn.text.strip() for turn in record.turns[1::2]):
+        yield "an answer is empty: the model learns to say nothing"
 
 
 def _of_entry(entry: Entry, checking: Checking, problems: list) -> tuple[Record | None, Path | None]:
@@ -284,9 +300,17 @@ def _by_number(message: str) -> list:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
-def _pick(samples: list[Record], n: int) -> list[Record]:
-    """`n` of the samples, spread over all."""
-    return [samples[i * len(samples) // n] for i in range(n)] if len(samples) > n else samples
+def _pick(samples: list[Sample], n: int, folder: Path) -> list[Record]:
+    """`n` of the samples, spread over all, with their images."""
+    picked = [samples[i * len(samples) // n] for i in range(n)] if len(samples) > n else samples
+    return [record._replace(image=_image_of(place, folder)) for record, place in picked]
+
+
+def _image_of(place: Path | tuple[int, str] | None, folder: Path) -> bytes | None:
+    if isinstance(place, tuple):
+        number, split = place
+        return _source(folder, split)[number].image
+    return None if place is None else read_file(place)
 
 
 def _show(samples: list[Record], checking: Checking, config: MLMambaConfig, page: Path | None) -> None:

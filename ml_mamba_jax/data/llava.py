@@ -171,7 +171,14 @@ def describe(entry: Entry) -> Description:
     own_id = value.get("id", "")
     if isinstance(own_id, bool) or not isinstance(own_id, str | int):
         raise InputError(f"{name}: id: got {type(own_id).__name__}, expected text or a number")
-    return Description(str(own_id), image, _turns(value, name, image is not None))
+    description = Description(str(own_id), image, _turns(value, name, image is not None))
+    for text in (description.id, image or "", *(turn.text for turn in description.turns)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            around = text[max(error.start - 10, 0) : error.start + 10]
+            raise InputError(f"{name}: got half of a pair of characters in {around!r}, expected whole ones") from error
+    return description
 
 
 def _image(value: dict, name: str) -> str | None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import grain
@@ -89,6 +89,7 @@ def batches(
     order: Order | None = None,
     max_bad: float = 0.0,
     part: tuple[int, int] = (0, 1),
+    skipped: Mapping[str, str] | None = None,
 ) -> "BatchStream":
     """Batches number `first` to `last - 1` of an endless stream; every epoch has an order of its own.
 
@@ -100,6 +101,7 @@ def batches(
             where it would have stood. 0 refuses the first.
         part: (i, n) for the i-th n-th of the rows of each batch, which is all that is read. Where a batch may hold rows with and
             without an image, all its parts have an `image_mask`.
+        skipped: records that could not be used before, by id, and why; they count too.
 
     Raises:
         InputError: an empty source, rows that cannot be dealt out, or, while iterating, a record that cannot be used; names it.
@@ -117,7 +119,7 @@ def batches(
     if workers:
         _mark_absl_flags_as_parsed()
         iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return BatchStream(iter(iterator), allowed_bad=int(max_bad * len(source)), n_records=len(source))
+    return BatchStream(iter(iterator), int(max_bad * len(source)), len(source), skipped or {})
 
 
 class Loaded(NamedTuple):
@@ -192,9 +194,9 @@ class BatchStream(Iterator[Batch]):
     skipped: dict[str, str]
     """Records that could not be used, by id, and why."""
 
-    def __init__(self, iterator: grain.DatasetIterator, allowed_bad: int, n_records: int):
+    def __init__(self, iterator: grain.DatasetIterator, allowed_bad: int, n_records: int, skipped: Mapping[str, str]):
         self._iterator, self._allowed_bad, self._n_records = iterator, allowed_bad, n_records
-        self.ids, self.waited, self.skipped = [], 0.0, {}
+        self.ids, self.waited, self.skipped = [], 0.0, dict(skipped)
         self._others, self._workers = set(multiprocessing.active_children()), set()
         self._queue: queue.Queue = queue.Queue(maxsize=1)
         self._closed = threading.Event()

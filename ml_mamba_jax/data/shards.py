@@ -35,6 +35,7 @@ WRITER_OPTIONS = "group_size:1,uncompressed"  # each record can be read alone; i
 CONTENTS_FILE = "contents.json"
 LEFT_OUT_FILE = "left_out.txt"
 SHOWN = 50
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 def record_features() -> tfds.features.FeaturesDict:
@@ -154,12 +155,19 @@ def check_contents(folder: Path) -> None:
     path = folder / CONTENTS_FILE
     if not path.is_file():
         return  # written by tfds itself
-    sizes = json.loads(path.read_text(encoding="utf-8"))["sizes"]
-    for name, size in sizes.items():
+    for name, size in _read_contents(path)["sizes"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             got = "no such file" if found is None else f"{found} bytes"
             raise InputError(f"{folder / name}: got {got}, expected {size} bytes; copy or prepare the data set again")
+
+
+def _read_contents(path: Path) -> dict:
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        return {"source": str(contents["source"]), "sizes": dict(contents["sizes"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is damaged ({error!r:.100}); copy or prepare the data set again") from error
 
 
 def _write_shards(packing: Packing, aside: Path, counts: dict[str, int], workers: int) -> list[ShardNote]:
@@ -231,11 +239,13 @@ def write_shard(task: ShardTask) -> ShardNote:
 def image_path(folder: Path, image: str, any_suffix: bool, name: str) -> Path:
     """Where the image of a record lies. Raises InputError, naming what lies there under another ending, if nothing does."""
     path = folder / image
-    if path.is_file():
-        return path
-    others = (
-        sorted(p for p in path.parent.glob(f"{_escaped(path.stem)}.*") if p.is_file()) if path.parent.is_dir() else []
-    )
+    try:
+        if path.is_file():
+            return path
+        found = path.parent.glob(f"{_escaped(path.stem)}.*") if path.parent.is_dir() else ()
+        others = sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{name}: image: got {image[:80]!r}: {error.strerror}") from error
     if others and any_suffix:
         return others[0]
     hint = f"; there is {others[0].name}: pass --any-suffix to take it" if others else ""
@@ -356,7 +366,7 @@ def _describe_whole(packing: Packing, aside: Path, notes: list[ShardNote]) -> No
 
 def _check_same(packing: Packing, target: Path) -> None:
     path = target / CONTENTS_FILE
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8"))["source"] != source_digest(packing):
+    if not path.is_file() or _read_contents(path)["source"] != source_digest(packing):
         raise InputError(
             f"{target}: got something else there, expected a data set of these records; choose another place"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ml_mamba_jax.data.records import Record
-from ml_mamba_jax.data.shards import CONTENTS_FILE, check_contents
+from ml_mamba_jax.data.shards import CONTENTS_FILE, check_contents, record_features
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.prompt import Turn
 
@@ -85,4 +85,14 @@ def _builder(folder: Path):
         raise InputError(
             f"{folder}: found no dataset_info.json, expected a prepared data set (python -m ml_mamba_jax.data.prepare)"
         )
-    return tfds.builder_from_directory(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        found, expected = (set(features.keys()) for features in (builder.info.features, record_features()))
+        if found != expected:
+            raise ValueError(f"got {', '.join(sorted(found))}, expected {', '.join(sorted(expected))}")
+    except Exception as error:  # whatever tfds makes of a damaged file
+        what = (str(error).strip().splitlines() or [repr(error)])[0][:200]
+        raise InputError(
+            f"{folder}: dataset_info.json or features.json is damaged, or another data set's: {what}; copy or prepare it again"
+        ) from error
+    return builder

@@ -4,6 +4,7 @@ A recipe is a value; `train.py` takes one by name and lets any field be overridd
 several: each has its data, its optimizer, its length, and the parts of the model that it trains.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,8 @@ class DataConfig:
     """In its place, records to prepare: a json list in the LLaVA form, or a jsonl file."""
     image_folder: Path | None = None
     """What the image paths in json_file are relative to. Default: the folder of json_file."""
+    any_suffix: bool = False
+    """Take x.png or x.gif where json_file says x.jpg and that is missing."""
     digits: bool = False
     """Without either: compose scenes of handwritten digits."""
     train_scenes: int = 16_000
@@ -45,7 +48,8 @@ class DataConfig:
     row_length: int = 4096
     """Positions of packed rows, for visual tokens and text."""
     max_bad: float = 0.0
-    """Part of the records that may be unusable: they are told of and left out. 0: the first one ends the run."""
+    """Part of the records that may be unusable, also while json_file is prepared: they are told of and left out. 0: the first one
+    ends the run."""
     workers: int = 0
     """Processes that decode and tokenise; 0: threads of the training process."""
 
@@ -141,6 +145,8 @@ class TrainConfig:
     """Seconds that processes may take for a step, an evaluation or a checkpoint before all end, because one of them is stuck."""
     init: tuple[Path, ...] = ()
     """Folders of runs or of converted weights to start from. Each gives the parts that it holds: language, connector, encoders."""
+    model_of_init: bool = False
+    """Take the model that the last whole one of `init` is: its architecture, prompt format and way to resize."""
     from_scratch: bool = False
     """Let the language model and the encoders start from random numbers where `init` does not give them."""
     tokenizer: str | None = None
@@ -165,6 +171,8 @@ class TrainConfig:
     """Records of an evaluation during training, spread over the test split."""
     eval_batch_size: int = 200
     """Questions answered at a time in the evaluation."""
+    eval_new_tokens: int = 16
+    """Tokens that an answer may have in the evaluation."""
     writers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where numbers and answers go beside the console and the JSON lines of the run's folder."""
     runs: Path = Path("runs")
@@ -181,7 +189,7 @@ class TrainConfig:
 
 def check(config: TrainConfig) -> None:
     """Raise InputError for numbers that no run can have."""
-    for name in ("log_every", "save_every", "keep", "eval_batch_size", "eval_records"):
+    for name in ("log_every", "save_every", "keep", "eval_batch_size", "eval_new_tokens", "eval_records"):
         _check_at_least(1, name, getattr(config, name))
     if config.eval_every is not None:
         _check_at_least(1, "eval_every", config.eval_every)
@@ -223,13 +231,23 @@ def _check_stage(stage: StageConfig, model: MLMambaConfig, prefix: str) -> None:
         )
     if stage.data.prepared is not None and stage.data.json_file is not None:
         raise InputError(f"{prefix}data: got prepared and json_file, expected one of them")
-    if not stage.epochs > 0:
+    for name in ("image_folder", "any_suffix"):
+        if getattr(stage.data, name) and stage.data.json_file is None:
+            raise InputError(
+                f"{prefix}data.{name}: got one without json_file, expected both; what is prepared has its images"
+            )
+    if not 0 < stage.epochs < math.inf:
         raise InputError(f"{prefix}epochs: got {stage.epochs}, expected more than 0")
     optim = stage.optim
-    if not optim.peak_lr > 0:
-        raise InputError(f"{prefix}optim.peak_lr: got {optim.peak_lr}, expected more than 0")
-    if not 0 <= optim.warmup < 1:
-        raise InputError(f"{prefix}optim.warmup: got {optim.warmup}, expected a part of the steps, from 0 to below 1")
+    for name in ("peak_lr", "eps", "clip_norm"):  # a norm of infinity clips nothing
+        value = getattr(optim, name)
+        if not value > 0 or (value == math.inf and name != "clip_norm"):
+            raise InputError(f"{prefix}optim.{name}: got {value}, expected a number above 0")
+    for name, below in {"warmup": 1, "b1": 1, "b2": 1, "weight_decay": math.inf}.items():
+        value = getattr(optim, name)
+        if not 0 <= value < below:
+            expected = "a number of 0 or more" if below == math.inf else "a number from 0 to below 1"
+            raise InputError(f"{prefix}optim.{name}: got {value}, expected {expected}")
 
 
 def _check_at_least(least: int, name: str, value: int) -> None:

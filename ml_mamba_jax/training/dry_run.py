@@ -156,17 +156,24 @@ def abstract_batch(stage: StageConfig, config: MLMambaConfig, mesh: Mesh) -> Bat
 
 
 def kept_activations(model: MLMamba, stage: StageConfig, mesh: Mesh, trained: dict, frozen: dict, batch: Batch) -> int:
-    """Bytes on a device that the forward pass of a micro-batch keeps for the backward pass: what its linearisation holds on to."""
-    rows = stage.batch_size // stage.micro_batches
-    part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), batch)
+    """Bytes on a device that the forward pass of a micro-batch keeps for the backward pass: what its linearisation holds on to.
+
+    What the axis `tensor` splits of them is up to XLA, so the forward pass is compiled if there is one.
+    """
+    rows, place = stage.batch_size // stage.micro_batches, sharding.batch_sharding(mesh)
+    part = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype, sharding=place), batch)
 
     def linearised(trained, frozen, part):
         with sharding.split_kernels(mesh):
             return jax.vjp(lambda p: target_losses(model, join(p, frozen), part)[0], trained)[1]
 
-    jaxpr = jax.make_jaxpr(linearised)(trained, frozen, part).jaxpr
+    traced = jax.jit(linearised).trace(trained, frozen, part)
+    jaxpr = traced.jaxpr.jaxpr
     given = set(jaxpr.invars)
-    kept = {v for v in jaxpr.outvars if isinstance(v, Var) and v not in given}
+    kept = {v: i for i, v in enumerate(jaxpr.outvars) if isinstance(v, Var) and v not in given}
+    if mesh.shape["tensor"] > 1:
+        places = jax.tree.leaves(traced.lower().compile().output_shardings)
+        return sum(math.prod(places[i].shard_shape(v.aval.shape)) * v.aval.dtype.itemsize for v, i in kept.items())
     whole = sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
     parts = math.prod(mesh.shape[name] for name in (*sharding.BATCH_AXES, sharding.SEQUENCE_AXIS))
     return whole // parts

@@ -1,13 +1,17 @@
 """Exact-match scores of a model's answers, by kind of question."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import jax
 
 from ml_mamba_jax import processes
 from ml_mamba_jax.data.records import Record
+from ml_mamba_jax.data.samples import Form
+from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.generation import generate
 from ml_mamba_jax.image import read_image
 from ml_mamba_jax.model import MLMamba
@@ -50,34 +54,56 @@ def answer(
     *,
     batch_size: int,
     max_new_tokens: int = 16,
+    form: Form = "chat",
+    skip: bool = False,
 ) -> list[Answer]:
-    """Ask the last question of each record, greedily, `batch_size` at a time."""
+    """Ask the last question of each record, greedily, `batch_size` at a time.
+
+    Of the form "caption" only the image is seen, as in training; without one nothing is said. Where `skip` is true, nothing is said
+    about an image that cannot be used either, but on stderr.
+
+    Raises:
+        InputError: an image that cannot be used; names the record.
+    """
     answers = []
     for start in range(0, len(records), batch_size):
         part = [records[i] for i in range(start, min(start + batch_size, len(records)))]
-        rows = part + part[:1] * (batch_size - len(part))  # a full last batch needs no compilation of its own
-        predictions = generate(
-            model,
-            params,
-            tokenizer,
-            [record.turns[:-1] for record in rows],
-            [None if record.image is None else read_image(record.image, record.id) for record in rows],
-            max_new_tokens=max_new_tokens,
-        )
-        answers += [Answer(record, text) for record, text in zip(part, predictions, strict=False)]
+        pictures = [_picture(record, skip) for record in part]
+        asked = [p is not None or (form == "chat" and r.image is None) for r, p in zip(part, pictures, strict=True)]
+        rows, images = list(compress(part, asked)), list(compress(pictures, asked))
+        filling = batch_size - len(rows)  # a full last batch needs no compilation of its own
+        rows, images = rows + rows[:1] * filling, images + images[:1] * filling
+        prompts = None if form == "caption" else [record.turns[:-1] for record in rows]
+        options = {"max_new_tokens": max_new_tokens}
+        said = iter(generate(model, params, tokenizer, prompts, images, **options) if rows else ())
+        answers += [
+            Answer(record, next(said) if is_asked else "") for record, is_asked in zip(part, asked, strict=True)
+        ]
     return answers
 
 
+def _picture(record: Record, skip: bool):
+    if record.image is None:
+        return None
+    try:
+        return read_image(record.image, record.id)
+    except InputError as error:
+        if not skip:
+            raise
+        print(f"skipped: {error}", file=sys.stderr, flush=True)
+        return None
+
+
 def answer_together(
-    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], *, batch_size: int
+    model: MLMamba, params: dict, tokenizer: Tokenizer, records: Sequence[Record], **options
 ) -> list[Answer]:
     """`answer` by all processes of a run, with parameters that each has whole: each asks its part of the records, and all get
     all answers."""
     n, mine = jax.process_count(), jax.process_index()
     if n == 1:
-        return answer(model, params, tokenizer, records, batch_size=batch_size)
+        return answer(model, params, tokenizer, records, **options)
     own = [records[i] for i in range(mine, len(records), n)]
-    texts = processes.gather([item.prediction for item in answer(model, params, tokenizer, own, batch_size=batch_size)])
+    texts = processes.gather([item.prediction for item in answer(model, params, tokenizer, own, **options)])
     return [Answer(records[i], texts[i % n][i // n]) for i in range(len(records))]
 
 

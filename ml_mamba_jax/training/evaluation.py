@@ -1,5 +1,6 @@
 """Evaluation during training: the loss on held-out records, and the answers to their questions."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from ml_mamba_jax import sharding
 from ml_mamba_jax.config import MLMambaConfig
 from ml_mamba_jax.data.records import Record
 from ml_mamba_jax.data.samples import Batch, collate, make_sample
+from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training import evals
@@ -81,8 +83,11 @@ class Evaluator:
         source: Sequence[Record],
         n: int,
         batch_size: int,
+        max_new_tokens: int,
     ):
         self._model, self._tokenizer, self._mesh, self._batch_size = model, tokenizer, mesh, batch_size
+        self._answers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "form": stage.data.form}
+        self._answers["skip"] = stage.data.max_bad > 0
         chosen = np.unique(np.linspace(0, len(source) - 1, min(n, len(source))).astype(int))
         self._records = [source[int(i)] for i in chosen]
         part, n = sharding.batch_part(mesh)
@@ -108,16 +113,27 @@ class Evaluator:
             if stop.requested():
                 return None
             part = self._records[start : start + at_once]
-            answers += evals.answer_together(self._model, params, self._tokenizer, part, batch_size=self._batch_size)
+            answers += evals.answer_together(self._model, params, self._tokenizer, part, **self._answers)
         return Evaluation(total / count, answers)
 
 
 def held_out_batches(
     records: Sequence[Record], tokenizer: Tokenizer, config: MLMambaConfig, stage: StageConfig
 ) -> list[Batch]:
-    """Batches of the size of the stage's micro-batches; the last is filled with rows that have no target."""
+    """Batches of the size of the stage's micro-batches; the last is filled with rows that have no target.
+
+    Raises:
+        InputError: a record that cannot be used; names it. With `max_bad` it is told of and left out, unless all are.
+    """
     rows, length, data = stage.batch_size // stage.micro_batches, stage.data.max_tokens, stage.data
-    samples = [make_sample(record, tokenizer, config, data.max_tokens, data.form) for record in records]
+    samples = []
+    for record in records:
+        try:
+            samples.append(make_sample(record, tokenizer, config, data.max_tokens, data.form))
+        except InputError as error:
+            if not data.max_bad or (record is records[-1] and not samples):
+                raise
+            print(f"skipped in evaluations: {error}", file=sys.stderr, flush=True)
     samples += [samples[-1]._replace(is_target=np.zeros_like(samples[-1].is_target))] * (-len(samples) % rows)
     parts = (samples[i : i + rows] for i in range(0, len(samples), rows))
     batches = [collate(part, config, pad_id=tokenizer.eos_id, length=length) for part in parts]

@@ -94,9 +94,12 @@ def step_flops(config: MLMambaConfig, stage: StageConfig, images: int, tokens: i
 PEAK_BF16 = {
     "NVIDIA A100": 312e12,
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,

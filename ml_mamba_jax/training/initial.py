@@ -1,5 +1,6 @@
 """Starting from parameters that exist: of converted weights, or of another run, part by part."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,47 @@ from ml_mamba_jax.training.config import TrainConfig
 
 FOR_RANDOM_WEIGHTS = ("dt_range", "A_range", "embedding_std", "chunk_size")
 """Fields of a config that say nothing about parameters which exist."""
+INPUT_FIELDS = ("prompt_format", "resize")
+"""Fields of a model's config that change what it is shown, but none of its parameters."""
+OF_A_RUN = ("dtype", "param_dtype", "lora_rank", "lora_alpha")
+"""Fields of a model's config that a run chooses, whatever model it starts from."""
+
+
+def with_model_of_init(config: TrainConfig, preset: MLMambaConfig) -> TrainConfig:
+    """The recipe with the model of the last whole one among `init`, if it asks for that. Dtypes and LoRA stay the recipe's.
+
+    Args:
+        preset: the recipe's model before options changed it; what they changed is what the user asks for.
+
+    Raises:
+        InputError: options that ask for another architecture.
+    """
+    whole = [folder for folder in config.init if (c := checkpoint.load_config(folder)).language and c.connector]
+    if not config.model_of_init or not whole:
+        return config
+    mine, theirs = config.model, checkpoint.load_config(whole[-1])
+    asked = serialize.differences(preset, mine)
+    if other := [line for line in asked if line.split(":")[0].split(".")[-1] not in (*OF_A_RUN, *INPUT_FIELDS)]:
+        raise InputError(
+            f"model: got {'; '.join(other)}, expected the model of {whole[-1]} as it is; pass --no-model-of-init to begin "
+            "with parts of it"
+        )
+    inputs = {
+        name: getattr(mine if getattr(mine, name) != getattr(preset, name) else theirs, name) for name in INPUT_FIELDS
+    }
+    language = dataclasses.replace(
+        theirs.language, lora_rank=mine.language.lora_rank, lora_alpha=mine.language.lora_alpha
+    )
+    model = theirs.replace(language=language, dtype=mine.dtype, param_dtype=mine.param_dtype, **inputs)
+    return dataclasses.replace(config, model=model)
 
 
 def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> tuple[dict, list[str]]:
     """Replace the parts of `params` (language, connector, vision/NAME) that the folders hold; a later folder wins.
 
     Returns:
-        The parameters, each where it was on the mesh and in its dtype, and for every folder a line that says what was taken.
+        The parameters, each where it was on the mesh and in its dtype, and for every folder lines that say what was taken and
+        which `INPUT_FIELDS` of the recipe are not those that it was trained with.
 
     Raises:
         InputError: a folder that shares no part with the model, or a part of another architecture; lists the fields that differ.
@@ -45,11 +80,13 @@ def start_from(folders: Sequence[Path], config: MLMambaConfig, params: dict) -> 
             if path.startswith(tuple(f"{name}/" for name in shared)):
                 flat[path] = processes.place(array.astype(flat[path].dtype), flat[path].sharding)
         lines.append(f"{', '.join(shared)} from {folder}")
+        lines += [f"{folder} was trained with another {line}" for line in _other_inputs(their_config, config)]
     return unflatten_dict(flat, sep="/"), lines
 
 
 def check_given(config: TrainConfig) -> None:
-    """Raise InputError where the language model or an encoder would start from random numbers without being asked to."""
+    """Raise InputError where the language model or an encoder would start from random numbers without being asked to, and where
+    a language model would get another tokenizer than the one that its embeddings belong to."""
     given: set[str] = set()
     for folder in config.init:
         missing = checkpoint.missing_encoders(folder)
@@ -59,6 +96,11 @@ def check_given(config: TrainConfig) -> None:
         raise InputError(
             f"init: got no weights for {', '.join(random)}, expected folders that hold them: pass --init FOLDER ... with "
             "converted weights or runs (convert_torch.py makes them), or --from-scratch to train them from random numbers"
+        )
+    if "language" in given and config.tokenizer is None and tokenizer_of(config.init) is None:
+        raise InputError(
+            f"tokenizer: got none beside the language model of {', '.join(map(str, config.init))}, expected the one that it was "
+            f"trained with: pass --tokenizer FILE, or put its {TOKENIZER_FILE} into the folder"
         )
 
 
@@ -75,6 +117,17 @@ def parts(config: MLMambaConfig) -> dict[str, Any]:
     found = {"language": config.language, "connector": config.connector}
     found |= {f"vision/{encoder.name}": encoder for encoder in config.vision}
     return {name: part for name, part in found.items() if part is not None}
+
+
+def _other_inputs(theirs: MLMambaConfig, mine: MLMambaConfig) -> list[str]:
+    """Of what was trained as a whole; converted parts have seen neither prompts nor images of ours."""
+    if not (theirs.language and theirs.connector):
+        return []
+    return [
+        f"{name}: {getattr(theirs, name)}, here {getattr(mine, name)}"
+        for name in INPUT_FIELDS
+        if getattr(theirs, name) != getattr(mine, name)
+    ]
 
 
 def _check_alike(folder: Path, name: str, theirs: Any, mine: Any) -> None:

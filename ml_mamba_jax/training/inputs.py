@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ml_mamba_jax.config import MLMambaConfig
-from ml_mamba_jax.data import builders
+from ml_mamba_jax.data import builders, llava
 from ml_mamba_jax.data.loader import BatchStream, batches, make_order
 from ml_mamba_jax.data.order import Order, buckets
 from ml_mamba_jax.data.records import Record
@@ -32,7 +32,10 @@ def open_data(data: DataConfig) -> dict[str, RecordSource]:
     if data.json_file is None:
         builder = builders.prepare_digits(data.folder, data.train_scenes, data.test_scenes)
     else:
-        builder = builders.prepare_llava(data.folder, data.json_file, data.image_folder or data.json_file.parent)
+        images = data.image_folder or llava.json_file(data.json_file).parent
+        builder = builders.prepare_llava(
+            data.folder, data.json_file, images, max_bad=data.max_bad, any_suffix=data.any_suffix
+        )
     return {split: RecordSource(builder, split) for split in builder.info.splits}
 
 
@@ -95,6 +98,7 @@ def open_batches(
     first: int,
     last: int,
     part: tuple[int, int] = (0, 1),
+    skipped: Mapping[str, str] | None = None,
 ) -> BatchStream:
     """Batches number `first` to `last - 1` of a stage, of each the rows that are the i-th of n parts. Close it when done."""
     data = stage.data
@@ -111,6 +115,7 @@ def open_batches(
         workers=data.workers,
         max_bad=data.max_bad,
         part=part,
+        skipped=skipped,
     )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -52,13 +53,14 @@ class Run:
 class Resumed(NamedTuple):
     """Where a stage goes on: after `first` of its steps, with the optimizer's state and the best evaluation until then.
 
-    `to_evaluate`: these parameters were to be evaluated when the run was stopped.
+    `to_evaluate`: these parameters were to be evaluated when the run was stopped. `skipped`: bad records until then, by id.
     """
 
     first: int
     optimizer: optax.OptState
     best: Best | None
     to_evaluate: bool = False
+    skipped: Mapping[str, str] | None = None
 
 
 def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed: Resumed | None = None) -> dict:
@@ -87,9 +89,12 @@ def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed
 
     end = before + last
     source, order, part = run.data[number]["train"], run.orders[number], sharding.batch_part(run.mesh)
+    skipped = resumed.skipped if resumed is not None else None
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(
-            contextlib.closing(open_batches(stage, config.model, source, run.tokenizer, order, first, last, part))
+            contextlib.closing(
+                open_batches(stage, config.model, source, run.tokenizer, order, first, last, part, skipped)
+            )
         )
         profile = config.profile if processes.is_first() else None
         window = stack.enter_context(contextlib.closing(ProfileWindow(run.folder / "profile", profile)))
@@ -123,7 +128,7 @@ def take_stage(run: Run, log: RunLog | NoLog, number: int, params: dict, resumed
             else:
                 progress.update(step, metrics.get("loss"), work)
             is_best = held_out.is_due(step, end) and held_out.evaluate(step, join(state.params, frozen))
-            reached = Reached(step, held_out.best, held_out.is_pending)
+            reached = Reached(step, held_out.best, held_out.is_pending, stream.skipped or None)
             run.watch.at(f"saving or stopping after step {step}")
             if is_due := step % config.save_every == 0 or step == end or is_best:
                 save_state(run.folder, state, frozen, config.keep, reached)
@@ -168,7 +173,14 @@ def _evaluator(run: Run, number: int) -> Evaluator | None:
         print(f"{stage.name}: its data has no test split: not evaluated", flush=True)
         return None
     return Evaluator(
-        run.model, run.tokenizer, run.mesh, stage, source, n=config.eval_records, batch_size=config.eval_batch_size
+        run.model,
+        run.tokenizer,
+        run.mesh,
+        stage,
+        source,
+        n=config.eval_records,
+        batch_size=config.eval_batch_size,
+        max_new_tokens=config.eval_new_tokens,
     )
 
 

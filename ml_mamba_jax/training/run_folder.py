@@ -129,12 +129,14 @@ def check_inputs(folder: Path, fingerprints: Mapping[str, str]) -> None:
 
 
 class Reached(NamedTuple):
-    """What a checkpoint knows of its run: the number of the next batch, the best evaluation of the stage until then, and whether
-    the parameters are still to be evaluated, because the run was stopped before that was done."""
+    """What a checkpoint knows of its run: the number of the next batch, the best evaluation of the stage until then, whether the
+    parameters are still to be evaluated, because the run was stopped before that was done, and the stage's bad records so far, by
+    id, with what is wrong with each. Of several processes those of the first."""
 
     next_batch: int
     best: Best | None = None
     to_evaluate: bool = False
+    skipped: dict[str, str] | None = None
 
 
 def items_of(state: TrainState, frozen: dict) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Every writer takes scalars and texts by name; what follows a step that a resumed
 """
 
 import importlib.util
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,6 +18,7 @@ from ml_mamba_jax.training.metrics import MetricsLog
 WriterName = Literal["tensorboard", "wandb"]
 INSTALL = {"tensorboard": ("tensorboardX", "train"), "wandb": ("wandb", "wandb")}
 """The package of a writer, and the extra that installs it."""
+WANDB_ID_FILE = "wandb_id"
 
 
 class Writer(Protocol):
@@ -48,16 +50,22 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named as its folder is; a resumed one goes on under the same id."""
+    """A run named as its folder is; a resumed one goes on under the id that is kept in the folder.
+
+    Weights & Biases keeps the first numbers that it hears of a step: those of steps that are taken again are dropped there.
+    """
 
     def __init__(self, folder: Path, config: TrainConfig, first_step: int):
         import wandb
 
+        path = folder / WANDB_ID_FILE
+        if not first_step or not path.is_file():
+            serialize.write_text(path, f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
         self._wandb = wandb
         self._run = wandb.init(
             project="ml-mamba-jax",
             name=config.name,
-            id=folder.name,
+            id=path.read_text(encoding="utf-8").strip(),
             dir=str(folder),
             config=serialize.plain(config),
             resume="allow" if first_step else None,

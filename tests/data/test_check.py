@@ -80,6 +80,33 @@ def test_all_faults_are_listed_in_one_pass(tmp_path, capsys, tokenizer, monkeypa
     assert "images that are missing or cannot be read: 5\n" in output
 
 
+def test_names_that_no_file_has_and_halves_of_characters_are_malformed(tmp_path, capsys):
+    lines = ['{"image": "%s.jpg", "caption": "A."}' % ("x" * 300), r'{"question": "\ud83d?", "answer": "A."}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, r'{"image": "\udc00", "caption": "A."}', '{"caption": " "}']))
+    code, output = run(capsys, tmp_path / "a.jsonl", "--workers", "1")
+    assert code == 2 and "4 records, 0 with an image: 3 problems" in output
+    assert "a.jsonl:1: image: got 'xxx" in output and "File name too long" in output
+    assert r"a.jsonl:2: got half of a pair of characters in '\ud83d?', expected whole ones" in output
+    assert r"a.jsonl:3: got half of a pair of characters in '\udc00'" in output
+    assert "a.jsonl:4: an answer is empty: the model learns to say nothing" in output
+    with pytest.raises(InputError, match=r"3 of 4 records cannot be used(?s:.*)a.jsonl:1: (?s:.*)a.jsonl:2: "):
+        shards.pack(shards.Packing((tmp_path / "a.jsonl",), tmp_path), tmp_path / "packed", 1)
+
+
+def test_a_damaged_description_of_a_data_set_is_named(tmp_path, capsys):
+    file, images = write_llava(tmp_path, 4)
+    shards.pack(shards.Packing((file,), images), tmp_path / "packed", 1)
+    for name in ("dataset_info.json", "features.json", "contents.json"):
+        whole = (tmp_path / "packed" / name).read_text()
+        for damaged in (whole[: len(whole) // 2], "{}", ""):
+            (tmp_path / "packed" / name).write_text(damaged)
+            code, output = run(capsys, tmp_path / "packed", "--workers", "1")
+            assert code == 2 and output.count("error: ") == 1 and name in output, (name, damaged, output)
+            assert "Traceback" not in output
+        (tmp_path / "packed" / name).write_text(whole)
+    assert run(capsys, tmp_path / "packed", "--workers", "1")[0] == 0
+
+
 def test_what_only_a_decoder_sees_is_found_by_one(tmp_path, capsys):
     file, images = write_llava(tmp_path, 300, n_images=1)
     picture = bytearray(LOGO.read_bytes())

@@ -353,6 +353,15 @@ def test_a_bad_image_is_an_error_or_is_skipped_and_counted(mixed, tokenizer, bat
     with pytest.raises(InputError, match="got 2 of 40 records that cannot be used, expected at most 1; mend them"):
         list(batches(spoilt, tokenizer, TINY, **options, max_bad=0.025))
 
+    # Those of before a restart count, and a record that was among them counts once.
+    for before, fits in ({"00000009-9": "bad"}, True), ({"another": "bad"}, False):
+        stream = batches(spoilt, tokenizer, TINY, **options, max_bad=0.05, skipped=before)
+        if fits:
+            assert len(list(stream)) == len(read)
+        else:
+            with pytest.raises(InputError, match="got 3 of 40 records that cannot be used, expected at most 2"):
+                list(stream)
+
 
 def test_the_ids_of_a_batch_and_the_wait_for_it_are_told(mixed, tokenizer):
     order = order_of(mixed, tokenizer, "grouped")
@@ -382,7 +391,7 @@ class Slow(RecordSource):
 def test_data_that_do_not_come_are_an_error(mixed, tokenizer, monkeypatch):
     monkeypatch.setattr(loader, "STALLED_AFTER", 0.6)
     monkeypatch.setattr(loader, "CLOSING", 0.1)
-    stream = batches(Slow(mixed, 1.0), tokenizer, TINY, batch_size=2, max_tokens=64, first=0, last=9)
+    stream = batches(Slow(mixed, 3.0), tokenizer, TINY, batch_size=2, max_tokens=64, first=0, last=9)
     with pytest.raises(WorkerError, match=r"data: got no batch for 1 s after .*; see whether the storage answers"):
         next(stream)
 

@@ -61,9 +61,21 @@ def test_every_held_out_target_counts_once():
     assert [batch.image_mask for batch in pictures] == [None]
 
 
+def test_bad_held_out_records_are_named_or_left_out(capsys):
+    bad = [*RECORDS[:2], RECORDS[2]._replace(id="broken", image=b"no image")]
+    with pytest.raises(InputError, match="broken: cannot decode the image"):
+        held_out_batches(bad, TOKENIZER, TINY.config, STAGE)
+    lenient = dataclasses.replace(STAGE, data=dataclasses.replace(STAGE.data, max_bad=0.5))
+    (batch,) = held_out_batches(bad, TOKENIZER, TINY.config, lenient)
+    assert int(batch.is_target.sum()) == 2 + 3
+    assert capsys.readouterr().err.startswith("skipped in evaluations: broken: cannot decode")
+    with pytest.raises(InputError, match="broken: cannot decode"):
+        held_out_batches(bad[2:], TOKENIZER, TINY.config, lenient)
+
+
 def test_the_held_out_loss_is_the_mean_over_targets_and_every_record_is_asked():
     mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
-    evaluator = Evaluator(TINY, TOKENIZER, mesh, STAGE, RECORDS, n=4, batch_size=4)
+    evaluator = Evaluator(TINY, TOKENIZER, mesh, STAGE, RECORDS, n=4, batch_size=4, max_new_tokens=16)
     found = evaluator(jax.device_put(tiny_model.params(), sharding.replicated(mesh)), Stop())
     chosen = [RECORDS[i] for i in (0, 1, 3, 5)]
     assert [item.record for item in found.answers] == chosen
@@ -188,10 +200,16 @@ def test_wandb_gets_numbers_and_answers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     logged(tmp_path, "wandb")
     options, *steps, end = heard
-    assert (options["name"], options["id"], options["resume"]) == ("digits-vqa", tmp_path.name, None)
+    assert (options["name"], options["resume"]) == ("digits-vqa", None)
+    first_id = options["id"]
+    assert first_id.startswith(f"{tmp_path.name}-")
     assert options["config"]["stages"][0]["batch_size"] == 32
     assert steps[:2] == [(1, {"train/loss": 2.5}), (1, {"eval/loss": 1.5, "eval/accuracy": 0.5})] and end == "end"
     assert "Which? -> 7" in steps[2][1]["eval/answers"]
+    config = dataclasses.replace(PRESETS["digits-vqa"], writers=("wandb",))
+    for first_step, resume in ((7, "allow"), (0, None)):  # gone on with, and begun afresh
+        RunLog(tmp_path, config, first_step).close()
+        assert heard[-2]["resume"] == resume and (heard[-2]["id"] == first_id) == bool(first_step)
 
 
 def test_a_writer_that_is_not_installed_is_refused(monkeypatch):
@@ -203,6 +221,9 @@ def test_a_writer_that_is_not_installed_is_refused(monkeypatch):
 
 def test_evaluations_are_the_same_records_each_time():
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    chosen = [Evaluator(TINY, TOKENIZER, mesh, STAGE, RECORDS, n=3, batch_size=4)._records for _ in range(2)]
+    chosen = [
+        Evaluator(TINY, TOKENIZER, mesh, STAGE, RECORDS, n=3, batch_size=4, max_new_tokens=16)._records
+        for _ in range(2)
+    ]
     assert chosen[0] == chosen[1] == [RECORDS[i] for i in (0, 2, 5)]
     assert np.unique([r.id for r in chosen[0]]).size == 3

@@ -128,5 +128,13 @@ def test_a_language_model_alone_costs_six_flops_a_parameter_and_token():
 
 
 def test_the_peak_is_that_of_the_device_or_unknown():
-    kinds = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "TPU v5 lite", "TPU v5p", "cpu")
-    assert [peak_flops(kind) for kind in kinds] == [989e12, 756e12, 989e12, 197e12, 459e12, None]
+    kinds = (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200",
+        "TPU v5 lite",
+        "TPU v5p",
+        "NVIDIA GH200 480GB",
+        "cpu",
+    )
+    assert [peak_flops(kind) for kind in kinds] == [989e12, 756e12, 989e12, 197e12, 459e12, 989e12, None]

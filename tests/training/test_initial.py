@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from configs import PRESETS
 from ml_mamba_jax import checkpoint
 from ml_mamba_jax.config import CROSS_SCAN, MLMambaConfig
 from ml_mamba_jax.errors import InputError
 from ml_mamba_jax.model import MLMamba
 from ml_mamba_jax.tokenizer import Tokenizer
-from ml_mamba_jax.training.initial import start_from, tokenizer_of
+from ml_mamba_jax.training.initial import check_given, start_from, tokenizer_of, with_model_of_init
 from tests import tiny_model
 
 TINY = tiny_model.MODEL.config
@@ -109,6 +110,54 @@ def test_another_architecture_is_refused_with_the_fields_that_differ(tmp_path):
         siglip = MLMambaConfig(language=None, vision=TINY.vision[1:])
         params = {"vision": {"siglip": tiny_model.params()["vision"]["siglip"]}}
         start_from([saved(tmp_path / "siglip", siglip, params)], LANGUAGE_ALONE, zeros(LANGUAGE_ALONE))
+
+
+def test_the_model_may_be_that_of_the_folder(tmp_path):
+    theirs = TINY.replace(prompt_format="mamba", resize="letterbox", param_dtype="bfloat16")
+    checkpoint.write_model(tmp_path / "run", theirs, None)
+    checkpoint.write_model(tmp_path / "language", LANGUAGE_ALONE, None)
+    preset = PRESETS["finetune"]
+    config = dataclasses.replace(preset, init=(tmp_path / "run", tmp_path / "language"))
+    language = dataclasses.replace(preset.model.language, lora_rank=4)
+    asked = dataclasses.replace(config, model=preset.model.replace(resize="resize-crop", language=language))
+    found = with_model_of_init(asked, preset.model).model
+    language = dataclasses.replace(TINY.language, lora_rank=4)
+    assert found == theirs.replace(
+        language=language, resize="resize-crop", dtype=preset.model.dtype, param_dtype=preset.model.param_dtype
+    )
+    only_language = dataclasses.replace(config, init=config.init[1:])
+    assert with_model_of_init(only_language, preset.model) == only_language
+    assert with_model_of_init(PRESETS["digits-vqa"], PRESETS["digits-vqa"].model) == PRESETS["digits-vqa"]
+    deeper = preset.model.replace(language=dataclasses.replace(preset.model.language, n_layers=3))
+    with pytest.raises(
+        InputError, match=r"model: got language.n_layers: 64 -> 3, expected the model of .*run as it is"
+    ):
+        with_model_of_init(dataclasses.replace(config, model=deeper), preset.model)
+
+
+def test_other_prompts_and_pixels_than_before_are_told(tmp_path):
+    run = saved(tmp_path / "run", TINY, tiny_model.params())
+    recipe = TINY.replace(prompt_format="mamba", resize="letterbox")
+    _, lines = start_from([run], recipe, zeros(recipe))
+    assert lines[1:] == [
+        f"{run} was trained with another prompt_format: zephyr, here mamba",
+        f"{run} was trained with another resize: resize-naive, here letterbox",
+    ]
+    alone = LANGUAGE_ALONE.replace(prompt_format="mamba")  # converted: it has seen no prompts
+    language = saved(tmp_path / "language", alone, {"language": tiny_model.params()["language"]})
+    assert len(start_from([language], TINY, zeros())[1]) == 1
+
+
+def test_a_language_model_is_not_given_another_tokenizer(tmp_path):
+    run = saved(tmp_path / "run", TINY, tiny_model.params())
+    config = dataclasses.replace(PRESETS["finetune"], model=TINY, init=(run,))
+    with pytest.raises(
+        InputError, match=r"tokenizer: got none beside the language model of .*run, .* pass --tokenizer"
+    ):
+        check_given(config)
+    check_given(dataclasses.replace(config, tokenizer="somewhere"))
+    Tokenizer.train(["a b c"], 300).save(run)
+    check_given(config)
 
 
 def test_the_tokenizer_is_that_of_the_language_model(tmp_path):

@@ -1,5 +1,8 @@
 """From the recipe of a stage to its batches: where records come from, and how they are put together."""
 
+import dataclasses
+import shutil
+
 import pytest
 
 from ml_mamba_jax.config import MLMambaConfig
@@ -51,6 +54,20 @@ def test_one_place_of_records_is_asked_for(packed):
         open_data(DataConfig(prepared=packed))
 
 
+def test_bad_records_are_left_out_while_they_are_prepared(packed, tmp_path):
+    """Of 40 records ten have the image that is broken; one more image has another suffix."""
+    images = shutil.copytree(packed / "images", tmp_path / "images")
+    (images / "coco" / "1.png").rename(images / "coco" / "1.webp")
+    data = DataConfig(folder=tmp_path / "data", json_file=packed / "chat.json", image_folder=images)
+    with pytest.raises(InputError, match="20 of 40 records cannot be used"):
+        open_data(data)
+    with pytest.raises(InputError, match=r"20 of 40 records cannot be used, more than the 30\.00%"):
+        open_data(dataclasses.replace(data, max_bad=0.3))
+    assert len(open_data(dataclasses.replace(data, max_bad=0.3, any_suffix=True))["train"]) == 30
+    with pytest.raises(InputError, match="nowhere: found no such folder"):
+        open_data(dataclasses.replace(data, image_folder=tmp_path / "nowhere"))
+
+
 RECIPES = {"own": ("", TrainConfig("own", TINY, (StageConfig("one", data=DataConfig(max_tokens=30)),)))}
 
 
@@ -59,6 +76,8 @@ RECIPES = {"own": ("", TrainConfig("own", TINY, (StageConfig("one", data=DataCon
     [
         (("--data.prepared", "a", "--data.json-file", "b"), "data: got prepared and json_file, expected one of them"),
         (("--data.max-bad", "1.5"), r"data\.max_bad: got 1\.5, expected a part of the records"),
+        (("--data.prepared", "a", "--data.image-folder", "b"), r"data\.image_folder: got one without json_file"),
+        (("--data.any-suffix",), r"data\.any_suffix: got one without json_file"),
         (("--data.buckets", "0"), r"data\.buckets: got 0, expected at least 1"),
         (("--data.batching", "packet"), "batching"),
     ],

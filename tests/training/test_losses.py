@@ -129,7 +129,7 @@ def test_the_gradient_is_the_slope_of_the_loss():
     assert loss > 0
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.full), 4])
 def test_micro_batches_weigh_every_token_the_same(parts):
     batch = make_batch()
     whole = jax.jit(lambda p: mean_loss_and_gradient(MODEL, p, batch))(PARAMS)

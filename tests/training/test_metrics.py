@@ -1,6 +1,7 @@
 """The log of a run survives a kill and a resumed run."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -109,7 +110,9 @@ def test_work_counts_no_padding():
         *[("steps", 0), ("batch_size", -1), ("name", "a/b"), ("name", ""), ("epochs", 0.0), ("micro_batches", 0)],
         *[("data.train_scenes", 0), ("data.test_scenes", 0), ("data.workers", -1), ("data.max_tokens", 0)],
         *[("profile", (3, 2)), ("device_memory", 0.0), ("peak_tflops", -1.0), ("eval_every", 0), ("eval_records", 0)],
-        *[("trains", ()), ("optim.peak_lr", 0.0), ("optim.warmup", 1.0), ("stages", ())],
+        *[("trains", ()), ("optim.peak_lr", 0.0), ("optim.warmup", 1.0), ("stages", ()), ("epochs", math.inf)],
+        *[("optim.b1", 1.0), ("optim.b2", -0.1), ("optim.eps", 0.0), ("optim.clip_norm", 0.0), ("eval_new_tokens", 0)],
+        *[("optim.weight_decay", -1.0), ("optim.weight_decay", math.nan), ("optim.peak_lr", math.inf)],
     ],
 )
 def test_numbers_that_no_run_can_have_are_refused(field, value):

@@ -174,6 +174,34 @@ def test_a_random_language_model_is_not_trained_by_accident(tmp_path):
     check_given(dataclasses.replace(config, from_scratch=True))
 
 
+def test_the_recipe_is_that_of_the_paper():
+    """ML-Mamba, table 1 and section 4.1, and what the released code adds: decay 0 while aligning, 2,048 tokens, seed 7."""
+    recipe = PRESETS["ml-mamba-3b"]
+    found = {
+        s.name: (
+            s.trains,
+            s.epochs,
+            s.batch_size,
+            s.optim.peak_lr,
+            s.optim.weight_decay,
+            s.data.form,
+            s.data.max_tokens,
+        )
+        for s in recipe.stages
+    }
+    assert found == {
+        "align": (("connector",), 1.0, 256, 1e-3, 0.0, "caption", 2048),
+        "finetune": (("connector", "language"), 2.0, 64, 2e-5, 0.1, "chat", 2048),
+    }
+    for stage in recipe.stages:
+        optim = stage.optim
+        assert (optim.warmup, optim.clip_norm, optim.b1, optim.b2, optim.eps) == (0.03, 1.0, 0.9, 0.999, 1e-8)
+    assert recipe.seed == 7 and not recipe.from_scratch
+    assert PRESETS["ml-mamba-3b-1-epoch"].stages[1].epochs == 1.0
+    (mix,) = PRESETS["ml-mamba-3b-1231k"].stages
+    assert (mix.batch_size, mix.epochs, mix.data.json_file.name) == (128, 1.0, "llava_v1_5_lvis4v_lrv_mix1231k.json")
+
+
 def test_options_of_a_stage_bear_its_name_where_there_are_several(tmp_path):
     presets = {"two": ("Two.", two_stages(tmp_path)), "one": ("One.", PRESETS["digits-vqa"])}
     two = parse(presets, ["two", "--align.steps", "3", "--finetune.optim.peak-lr", "5", "--seed", "4"])

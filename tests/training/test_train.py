@@ -118,6 +118,7 @@ def test_chat_answers_the_example(straight):
     assert " tokens in " in done.stderr
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_bit_by_bit(straight, tmp_path):
     shutil.copytree(straight / "data", tmp_path / "data")
     process = subprocess.Popen(
