@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import train
 from configs import PRESETS
 from ml_mamba_jax import checkpoint, generate, load
 from ml_mamba_jax.data.records import Record
@@ -22,6 +23,7 @@ from ml_mamba_jax.prompt import Turn
 from ml_mamba_jax.tokenizer import Tokenizer
 from ml_mamba_jax.training.inputs import open_tokenizer
 from tests.test_docs import BLOCK, NEEDS_RUN
+from tests.training import short_run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--steps=40", "--batch-size=4", "--save-every=20", "--data.train-scenes=40", "--data.test-scenes=4"]
@@ -176,13 +178,21 @@ def test_the_tokenizer_of_a_recipe_knows_the_end_of_its_prompt_format(tmp_path):
         (["--name", "b", "--no-from-scratch"], 2, "init: got no weights for language, vision/dinov2, vision/siglip"),
     ],
 )
-def test_wrong_input_is_one_line(straight, options, code, message):
-    done = run(straight, *SMALL, *options)
-    assert done.returncode == code, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
+def test_wrong_input_is_one_line(straight, monkeypatch, capsys, options, code, message):
+    """In this process, but for the first of all."""
+    if code == 4:
+        done = run(straight, *SMALL, *options)
+        exit_code, said = done.returncode, done.stderr
+    else:
+        monkeypatch.setattr(sys, "argv", command(straight, *SMALL, *options)[1:])
+        with short_run.quickly(), pytest.raises(SystemExit) as stop:
+            train.main()
+        exit_code, said = stop.value.code, capsys.readouterr().err
+    assert exit_code == code, said
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, said
     assert message in lines[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
     assert not (straight / "runs" / "b" / "checkpoints").exists()
 
 
