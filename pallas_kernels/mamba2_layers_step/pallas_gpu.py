@@ -40,7 +40,7 @@ from pallas_kernels.mamba2_layers_step.split import COLUMNS, ROWS, Split
 from pallas_kernels.mamba2_step import pallas_gpu as one_layer
 from pallas_kernels.mamba2_step.sizes import Sizes, split_sizes
 from pallas_kernels.ssd.pallas_gpu import step
-from pallas_kernels.ssd.pallas_gpu.tiles import SHARED_MEMORY, operand, square, zeros
+from pallas_kernels.ssd.pallas_gpu.tiles import SHARED_MEMORY, operand, square
 
 COMPUTING = 2  # warpgroups of a block that compute
 BOXES = COLUMNS // 64  # a tile of weights is so many squares of 64 x 64 next to each other
@@ -257,7 +257,7 @@ class Plan:
         """Tiles of weights that fit into shared memory."""
         vectors = COMPUTING * 3 * 128 * 4
         taken = self.operand_tiles * self.filled * ROWS * 2 + vectors + 6 * 1024
-        taken += ROWS * COLUMNS * 2 if self.quantized else 0  # one of them in bfloat16
+        taken += 2 * ROWS * COLUMNS * 2 if self.quantized else 0  # two of them in bfloat16
         return min(10, (SHARED_MEMORY - taken) // self.bytes_of_tile)
 
 
@@ -331,7 +331,7 @@ def _one_launch(
         "ready": plgpu.Barrier(num_arrivals=COMPUTING),
     }
     if plan.quantized:
-        shared["converted"] = operand(jnp.bfloat16, BOXES, ROWS, 64)
+        shared["converted"] = operand(jnp.bfloat16, 2, BOXES, ROWS, 64)
     body = functools.partial(_body, plan, [*inputs, *state, *passed_on], dt_limit, eps)
     state = _launch(plan, body, inputs, state, passed_on, shared)
     return state["residual"][: plan.batch], state["conv_state"], state["ssm_state"]
@@ -530,45 +530,52 @@ def _multiply(plan, refs, buffers, product, number):
         start = jnp.maximum(first, column * split.tall)
         stop = jnp.minimum(end, (column + 1) * split.tall)
 
-        def one_tile(tile, carry):
-            number, *sums = carry
-            slot = lax.rem(number, plan.stages)
-            plgpu.barrier_wait(buffers["filled"].at[slot])
-            if plan.quantized:
-                _convert(buffers, slot, boxes)
-            weights = buffers["converted"] if plan.quantized else buffers["weights"].at[slot]
-            x = buffers["x"].at[lax.rem(tile - first, split.tall)].transpose((1, 0))
+        def products(*sums):
+            """While the products of a tile run, the next one is waited for, and converted."""
 
-            def products(sums):
+            @pl.loop(start, stop)
+            def _(tile):
+                at = number + tile - start
+                slot = lax.rem(at, plan.stages)
+                plgpu.barrier_wait(buffers["filled"].at[slot])
+                weights = _convert(buffers, slot, boxes, at) if plan.quantized else buffers["weights"].at[slot]
+                x = buffers["x"].at[lax.rem(tile - first, split.tall)].transpose((1, 0))
                 for box, accumulator in zip(boxes, sums, strict=True):
                     plgpu.wgmma(accumulator, weights.at[box].transpose((1, 0)), x)
+                plgpu.wgmma_wait(len(boxes))  # those of the tile before are done
+                if not plan.quantized:
+                    pl.when(tile > start)(lambda: used_up(at - 1))
 
-            sums = pl.run_state(products)(tuple(map(plgpu.ACC.init, sums)))
+            plgpu.wgmma_wait(0)
             if not plan.quantized:
-                _warps_meet()
-                plgpu.barrier_arrive(buffers["consumed"].at[slot])
-            return number + 1, *sums
+                used_up(number + stop - 1 - start)
+            return [accumulator[...] for accumulator in sums]
 
-        number, *sums = lax.fori_loop(start, stop, one_tile, (number, *(zeros(64, plan.filled) for _ in boxes)))
+        sums = pl.run_scoped(products, *(plgpu.ACC((64, plan.filled), jnp.float32) for _ in boxes))
         part = share - split.parts(column)[0]
         for box, a in zip(boxes, sums, strict=True):
             place = refs[PRODUCTS[product]].at[column, part, :, pl.ds(box * 64, 64)].transpose((1, 0))
             place[...] = plgpu.layout_cast(a, plgpu.Layout.WGMMA_TRANSPOSED)
-        return number
+        return number + stop - start
+
+    def used_up(number):
+        _warps_meet()
+        plgpu.barrier_arrive(buffers["consumed"].at[lax.rem(number, plan.stages)])
 
     columns_end = jnp.where(end > first, lax.div(end - 1, split.tall) + 1, lax.div(first, split.tall))
     return lax.fori_loop(lax.div(first, split.tall), columns_end, one_column, number)
 
 
-def _convert(buffers, slot, boxes):
-    """The warpgroup's boxes of a tile in int8 to bfloat16, exactly; the tile is used up then."""
-    tile = buffers["weights"].at[slot]
+def _convert(buffers, slot, boxes, number):
+    """The warpgroup's boxes of a tile in int8 to bfloat16, exactly, which uses the tile up; in two places by turns."""
+    tile, converted = buffers["weights"].at[slot], buffers["converted"].at[lax.rem(number, 2)]
     loaded = [load(tile.at[:, pl.ds(box * 64, 64)], CONVERTED, device_memory=True) for box in boxes]
-    _warps_meet()  # all have read this tile, and are done with the products of the one before
+    _warps_meet()  # all have read this tile, and are done with the products of the one before the last
     plgpu.barrier_arrive(buffers["consumed"].at[slot])
     for box, a in zip(boxes, loaded, strict=True):
-        buffers["converted"].at[box][...] = a.astype(jnp.bfloat16)
+        converted.at[box][...] = a.astype(jnp.bfloat16)
     plgpu.commit_smem()
+    return converted
 
 
 @jax.named_scope("scan")

@@ -7,7 +7,6 @@ and a read of memory that nobody wrote (NaN) are found; missing fences and layou
 
 import itertools
 import threading
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -143,14 +142,8 @@ def _fori_loop(start, stop, body, carry):
     return carry
 
 
-def _run_state(body):
-    def run(init):
-        several = isinstance(init, tuple)
-        refs = [Ref(np.array(a)) for a in (init if several else (init,))]
-        body(tuple(refs) if several else refs[0])
-        return tuple(ref.array for ref in refs) if several else refs[0].array
-
-    return run
+def _run_scoped(body, *accumulators):
+    return body(*(Ref(np.zeros(a.shape, a.dtype)) for a in accumulators))
 
 
 def _when(condition):
@@ -209,13 +202,12 @@ NAMES = {
         pl,
         when=_when,
         loop=_loop,
-        run_state=_run_state,
+        run_scoped=_run_scoped,
         ds=lambda start, size: slice(int(start), int(start) + size),
         get_global=lambda _: where.axes["semaphore"],
     ),
     "plgpu": _Instead(
         plgpu,
-        ACC=types.SimpleNamespace(init=lambda a: a),
         layout_cast=lambda a, _: a,
         commit_smem=lambda: None,
         barrier_arrive=lambda barrier: barrier.arrive(),
@@ -223,6 +215,7 @@ NAMES = {
         copy_gmem_to_smem=_copy,
         async_prefetch=lambda source: None,
         wgmma=_wgmma,
+        wgmma_wait=lambda groups: None,
         semaphore_signal=lambda semaphore, *, memory_scope: semaphore.signal(),
         semaphore_wait=_semaphore_wait,
     ),
