@@ -4,15 +4,20 @@ Warnings are errors and array shapes are checked, both switched on in pyproject.
 """
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
 # Before JAX starts its backends, which happens at the first array.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nothing is left in the user's cache folder
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 ACCELERATORS = ("gpu", "tpu")
 UNLESS_ASKED = (*ACCELERATORS, "full")
+WORTH_KEEPING = 0.3
+"""Seconds of compiling from which on a program is kept for other processes."""
+MOST_MEMORY = 4e9
+"""Bytes of a process, from which on compiled programs are given up."""
 LONGEST_FIRST = (
     "test_train",
     "test_step",
@@ -30,6 +35,14 @@ pytest.register_assert_rewrite("tests.kernels")
 def pytest_configure(config: pytest.Config) -> None:
     import jax
 
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # One for all processes of these tests, which compile much that is the same. It goes when they are done.
+        folder = tempfile.TemporaryDirectory(prefix="ml_mamba_jax-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(WORTH_KEEPING)
+        jax.config.update("jax_compilation_cache_dir", folder.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
     if not any(name in config.getoption("markexpr") for name in ACCELERATORS):
         jax.config.update("jax_platforms", "cpu")
         # Most of a test's time goes to the compiler, whose optimizations cost more here than they save. Children too.
@@ -40,11 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """What was compiled for a file is of no use to the next one, and gigabytes of it slow everything down."""
+    """What was compiled for a file is of little use to the next one, and becomes gigabytes."""
     yield
     import jax
 
-    jax.clear_caches()
+    pages = Path("/proc/self/statm")
+    if not pages.is_file() or int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_MEMORY:
+        jax.clear_caches()
 
 
 def optimizations_disabled() -> bool:

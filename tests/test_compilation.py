@@ -24,7 +24,8 @@ print(len(hits))
 
 
 def run(**environment) -> tuple[str, int]:
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true"} | environment
+    inherited = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment = inherited | {"JAX_ENABLE_COMPILATION_CACHE": "true"} | environment
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
     folder, hits = done.stdout.split()
     return folder, int(hits)

@@ -170,7 +170,7 @@ def test_a_random_language_model_is_not_trained_by_accident(tmp_path):
         InputError, match=r"no weights for vision/dinov2, vision/siglip, .*--init FOLDER .*--from-scratch"
     ):
         check_given(dataclasses.replace(config, init=(tmp_path,)))
-    check_given(dataclasses.replace(config, model=language_alone, init=(tmp_path,)))
+    check_given(dataclasses.replace(config, model=language_alone, init=(tmp_path,), tokenizer="its own"))
     check_given(dataclasses.replace(config, from_scratch=True))
 
 

@@ -94,7 +94,12 @@ def test_a_step_is_clipped_adamw_that_spares_one_dimensional_parameters():
 
 @pytest.mark.parametrize(
     "sizes, micro_batches",
-    [((8, 1, 1), 1), ((1, 2, 2, 2), 1), pytest.param((1, 4, 2), 1, marks=pytest.mark.full), ((2, 1, 1), 4)],
+    [
+        ((8, 1, 1), 1),
+        ((1, 2, 2, 2), 4),
+        pytest.param((1, 4, 2), 1, marks=pytest.mark.full),
+        pytest.param((2, 1, 1), 4, marks=pytest.mark.full),
+    ],
 )
 def test_eight_devices_take_the_steps_of_one(sizes, micro_batches):
     one = take_steps((1, 1, 1), 4)[1]

@@ -64,7 +64,13 @@ def test_the_same_command_gives_the_same_run_of_100_steps(tmp_path):
     runs = [short_run.recipe(tmp_path, runs=tmp_path / str(number)) for number in range(3)]
     for run in runs:
         options = ["--steps=100", "--save-every=50", f"--runs={run.runs}"]
-        subprocess.run(short_run.command(tmp_path, *options), check=True, stdout=subprocess.DEVNULL, timeout=600)
+        subprocess.run(
+            short_run.command(tmp_path, *options),
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=600,
+            env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        )
         assert len(short_run.losses(run)) == 100
         short_run.assert_same_run(run, runs[0])
 
@@ -267,12 +273,11 @@ class Victim:
         self.process.wait()
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(tmp_path, count):
     """A third of the kills inside of saves, a third after one to six steps, a third at any time until there are more steps."""
     rng = np.random.default_rng(count)
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-    environment |= {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     options = [f"--steps={10 + 8 * count}", "--save-every=4"]
     began = time.monotonic()
     subprocess.run(short_run.command(tmp_path, *options), check=True, stdout=subprocess.DEVNULL, env=environment)

@@ -171,7 +171,6 @@ def test_the_tokenizer_of_a_recipe_knows_the_end_of_its_prompt_format(tmp_path):
         (["--name", "b", "--mesh.fsdp", "3"], 2, "mesh: got data x fsdp x tensor = -1 x 3 x 1"),
         (["--name", "b", "--micro-batches", "3"], 2, "batch_size: got 4, expected a multiple of 3"),
         (["--name", "b", "--data.max-tokens", "5"], 2, "got no target among the first 5 of"),
-        (["--name", "b", "--data.form", "caption"], 2, "got 4 turns, expected a human turn and a caption"),
         (["--name", "b", "--data.json-file", "nowhere.json"], 2, "nowhere.json: found no such file"),
         (["--name", "b", "--tokenizer", "./nowhere.json"], 2, "tokenizer: found no"),
         (["--name", "b", "--data.no-digits"], 2, "data: got no records to learn from; pass --data.prepared FOLDER"),
