@@ -10,8 +10,7 @@ compute. They walk through the layers in four phases, and all blocks meet after 
     4. add:      the output is added to the residual
 
 While they wait for each other, the ring goes on filling: weights depend on no activation. It holds as much as the
-memory delivers in several microseconds, and the L2 cache is asked for what comes next, and for the states of the layer.
-So the memory works on through the meetings and the two phases that need no weights.
+memory delivers in several microseconds, so it hides the meetings and the two phases that need no weights.
 
 Products are taken as y^T = W^T x^T by wgmma: the columns of a weight tile are its 64 rows, the rows of the batch, filled
 up to a multiple of 8, its columns. Weights in int8 become bfloat16 in shared memory, and their scales multiply the sums.
@@ -45,7 +44,6 @@ from pallas_kernels.ssd.pallas_gpu.tiles import SHARED_MEMORY, operand, square
 COMPUTING = 2  # warpgroups of a block that compute
 BOXES = COLUMNS // 64  # a tile of weights is so many squares of 64 x 64 next to each other
 AT_ONCE = 2 * 64 * COLUMNS * 2  # bytes of weights on their way: enough for the memory; others wait behind them
-AHEAD = 4 * 64 * COLUMNS * 2  # bytes of weights that the L2 cache is asked for before the ring has room for them
 ADDED = 128  # channels of the residual that a warpgroup adds up at a time
 MOST_ROWS = 16  # of the batch in one launch
 PRODUCTS = {"in_proj": "zxbcdt", "out_proj": "output"}
@@ -178,11 +176,6 @@ class Plan:
         return AT_ONCE // self.bytes_of_tile
 
     @property
-    def ahead(self) -> int:
-        """Tiles of weights on their way to the L2 cache."""
-        return AHEAD // self.bytes_of_tile
-
-    @property
     def in_proj(self) -> Split:
         return Split.of(self.width, self.sizes.projected, self.blocks)
 
@@ -227,9 +220,9 @@ class Plan:
     def all_pieces(self) -> int:
         return self.batch * self.sizes.heads * self.pieces
 
-    def pieces_of_worker(self, warpgroup=None):
+    def pieces_of_worker(self):
         """The first piece of the state that this warpgroup holds, and the first one that it does not any more."""
-        workers, worker = self.blocks * COMPUTING, _worker(self, warpgroup)
+        workers, worker = self.blocks * COMPUTING, _worker(self)
         return lax.div(worker * self.all_pieces, workers), lax.div((worker + 1) * self.all_pieces, workers)
 
     def place(self, piece) -> "Place":
@@ -384,42 +377,27 @@ def _body(plan, names, dt_limit, eps, *refs, **buffers):
 
 
 def _copy(plan, refs, buffers):
-    """Keeps the ring filled, in the order in which the products use it up, and the L2 cache somewhat further."""
+    """Keeps the ring filled, in the order in which the products use it up."""
     shares = plan.shares()
     counts = {name: split.first(shares[name] + 1) - split.first(shares[name]) for name, split in plan.products.items()}
     one_layer = counts["in_proj"] + counts["out_proj"]
     total = plan.layers * one_layer
 
-    def of_tile(number, use):
-        """`use(source)` with a function from columns of the tile to the weights there."""
-        layer, within = lax.div(number, one_layer), lax.rem(number, one_layer)
+    def copy(name, layer, within, slot):
+        split = plan.products[name]
+        tile = split.first(shares[name]) + within
+        row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
 
-        def in_product(name, within):
-            split = plan.products[name]
-            tile = split.first(shares[name]) + within
-            row, column = lax.rem(tile, split.tall), lax.div(tile, split.tall)
-            rows, weights = pl.ds(row * ROWS, ROWS), refs[name]
-            use(lambda first, width: weights.at[layer, rows, pl.ds(column * COLUMNS + first, width)])
+        def part(first, width, target):
+            columns = pl.ds(column * COLUMNS + first, width)
+            source = refs[name].at[layer, pl.ds(row * ROWS, ROWS), columns]
+            plgpu.copy_gmem_to_smem(source, target, buffers["filled"].at[slot])
 
-        pl.when(within < counts["in_proj"])(lambda: in_product("in_proj", within))
-        pl.when(within >= counts["in_proj"])(lambda: in_product("out_proj", within - counts["in_proj"]))
-
-    def copy(slot, source):
         if plan.quantized:
-            parts = [(source(0, COLUMNS), buffers["weights"].at[slot])]
+            part(0, COLUMNS, buffers["weights"].at[slot])
         else:
-            parts = [(source(box * 64, 64), buffers["weights flat"].at[slot, box]) for box in range(BOXES)]
-        for part, target in parts:
-            plgpu.copy_gmem_to_smem(part, target, buffers["filled"].at[slot])
-
-    def prefetch_states(layer):
-        for warpgroup in range(COMPUTING):
-            first, end = plan.pieces_of_worker(warpgroup)
-
-            @pl.loop(first, end)
-            def _(piece):
-                at = plan.place(piece)
-                plgpu.async_prefetch(refs["ssm_state"].at[layer, at.row, at.head, pl.ds(at.within, plan.tile.rows)])
+            for box in range(BOXES):
+                part(box * 64, 64, buffers["weights flat"].at[slot, box])
 
     @pl.loop(0, total)
     def _(number):
@@ -430,15 +408,15 @@ def _copy(plan, refs, buffers):
         def _():
             plgpu.barrier_wait(buffers["filled"].at[lax.rem(number - plan.at_once, plan.stages)])
 
-        of_tile(number, functools.partial(copy, slot))
+        layer, within = lax.div(number, one_layer), lax.rem(number, one_layer)
 
-        @pl.when(number + plan.ahead < total)
+        @pl.when(within < counts["in_proj"])
         def _():
-            of_tile(number + plan.ahead, lambda source: plgpu.async_prefetch(source(0, COLUMNS)))
+            copy("in_proj", layer, within, slot)
 
-        @pl.when(lax.rem(number, one_layer) == 0)
+        @pl.when(within >= counts["in_proj"])
         def _():
-            prefetch_states(lax.div(number, one_layer))
+            copy("out_proj", layer, within - counts["in_proj"], slot)
 
 
 def _compute(plan, refs, buffers, arrived, dt_limit, eps):
@@ -677,10 +655,9 @@ def _first(a):
     return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
 
 
-def _worker(plan, warpgroup=None):
-    """The number of a warpgroup that computes, this one or another of the block: those of one block are far apart."""
-    warpgroup = lax.axis_index("warpgroup") if warpgroup is None else warpgroup
-    return warpgroup * plan.blocks + lax.axis_index("block")
+def _worker(plan):
+    """The number of a warpgroup that computes: those of one block are far apart."""
+    return lax.axis_index("warpgroup") * plan.blocks + lax.axis_index("block")
 
 
 def _share_out(plan, tasks: int, run, backwards: bool = False) -> None:

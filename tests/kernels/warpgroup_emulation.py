@@ -213,7 +213,6 @@ NAMES = {
         barrier_arrive=lambda barrier: barrier.arrive(),
         barrier_wait=lambda barrier: barrier.wait(),
         copy_gmem_to_smem=_copy,
-        async_prefetch=lambda source: None,
         wgmma=_wgmma,
         wgmma_wait=lambda groups: None,
         semaphore_signal=lambda semaphore, *, memory_scope: semaphore.signal(),
