@@ -2,7 +2,8 @@
 
     python train.py ml-mamba-3b --init converted/mamba2-2.7b converted/dinov2 converted/siglip
 
-`--init` takes folders that `convert_torch.py` wrote: the language model and both encoders; the connector starts at random.
+`--init` takes folders that `convert_torch.py` wrote: the language model, with its tokenizer (`--tokenizer`; GPT-NeoX's, which the
+weights do not bring along), and both encoders. The connector starts at random.
 Data is expected where LLaVA's scripts and those of ML-Mamba put it, below `data/download`; `--align.data.json-file` and
 `--finetune.data.json-file` name other places. The paper took 31 hours on eight A100 of 80 GB.
 

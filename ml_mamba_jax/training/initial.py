@@ -100,7 +100,7 @@ def check_given(config: TrainConfig) -> None:
     if "language" in given and config.tokenizer is None and tokenizer_of(config.init) is None:
         raise InputError(
             f"tokenizer: got none beside the language model of {', '.join(map(str, config.init))}, expected the one that it was "
-            f"trained with: pass --tokenizer FILE, or put its {TOKENIZER_FILE} into the folder"
+            f"trained with: pass --tokenizer (of Mamba-2's models: EleutherAI/gpt-neox-20b), or put its {TOKENIZER_FILE} there"
         )
 
 
