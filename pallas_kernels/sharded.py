@@ -75,12 +75,19 @@ class Split:
         self._check(sizes)
         spec = functools.partial(self.spec, whole="g" if sizes.get("g") == 1 else "")
 
+        # Arrays without numbers, on which the XLA of JAX 0.11 breaks down, are made where they are needed.
+        empty = {name: a for name, a in arrays.items() if not a.size}
+
         def body(parts: dict):
             whole = {name: _join(forms[name], part) for name, part in parts.items()}
+            for name, a in empty.items():
+                shape = NamedSharding(self.mesh, spec(forms[name])).shard_shape(a.shape)
+                whole[name] = jnp.zeros(shape, a.dtype)
             return function(**constants, **whole)
 
-        specs = {name: [spec(section) for section in _sections(form)] for name, form in forms.items()}
-        parts = {name: _cut(forms[name], a, sizes) for name, a in arrays.items()}
+        full = [name for name in arrays if name not in empty]
+        specs = {name: [spec(section) for section in _sections(forms[name])] for name in full}
+        parts = {name: _cut(forms[name], arrays[name], sizes) for name in full}
         results = jax.tree.map(spec, outputs(arguments, forms))
         # Without check_vma, which kernels cannot state, JAX sums the gradient of every replicated argument.
         part = jax.shard_map(body, mesh=self.mesh, in_specs=(specs,), out_specs=results, check_vma=False)

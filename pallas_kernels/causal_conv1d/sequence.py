@@ -36,6 +36,9 @@ def causal_conv1d(
         return lax.ppermute(a[:, length - reach :], axis, [(i, i + 1) for i in range(pieces - 1)])
 
     before = jnp.zeros((batch, reach, channels), x.dtype) if initial_state is None else initial_state
+    if not reach:  # nothing to send
+        y = run(x=x, weight=weight, segment_ids=segment_ids, return_final_state=False, **arguments)
+        return (y, before) if return_final_state else y
     halo = from_the_left(x)
     last_piece = pieces - 1
     if segment_ids is not None:
